@@ -1,0 +1,78 @@
+"""The base models. Importing this package needs no torch; `models.sam.build` does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A base model.
+
+    Parameters
+    ----------
+    name : str
+    summary : str
+    image_size : int
+        Side of the model frame its weights were trained on, in pixels.
+    parameters : int
+        Of the whole model.
+    file_name : str or None
+        Name of the official checkpoint file; None where there is none.
+    url, sha256 : str or None
+        Where it is published, and its hash.
+    """
+
+    name: str
+    summary: str
+    image_size: int
+    parameters: int
+    file_name: str | None = None
+    url: str | None = None
+    sha256: str | None = None
+
+
+_META = "https://dl.fbaipublicfiles.com/segment_anything/"
+
+MODELS: Final[Mapping[str, ModelSpec]] = {
+    "vit_b": ModelSpec(
+        "vit_b",
+        "SAM ViT-B",
+        1024,
+        93_735_472,
+        "sam_vit_b_01ec64.pth",
+        _META + "sam_vit_b_01ec64.pth",
+        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+    ),
+    "vit_l": ModelSpec(
+        "vit_l",
+        "SAM ViT-L",
+        1024,
+        312_342_832,
+        "sam_vit_l_0b3195.pth",
+        _META + "sam_vit_l_0b3195.pth",
+        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+    ),
+    "vit_h": ModelSpec(
+        "vit_h",
+        "SAM ViT-H",
+        1024,
+        641_090_608,
+        "sam_vit_h_4b8939.pth",
+        _META + "sam_vit_h_4b8939.pth",
+        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+    ),
+    "vit_t": ModelSpec(
+        "vit_t",
+        "MobileSAM: TinyViT encoder, SAM's prompt encoder and mask decoder",
+        1024,
+        0,  # set by the test that counts it
+        "mobile_sam.pt",
+        "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
+        "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+    ),
+    "vit_nano": ModelSpec("vit_nano", "SAM's own classes at 256 px, for the demo and tests; not for patients", 256, 0),
+}
+"""The base models by name."""
