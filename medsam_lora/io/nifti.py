@@ -110,7 +110,7 @@ def read_volume(path: Path, max_bytes: int = MAX_BYTES) -> Volume:
     DataError
         As `read_header`, and ``truncated`` or ``unreadable`` where the voxels cannot be read whole.
     """
-    image, geometry = read_header(path, max_bytes)
+    _, geometry = read_header(path, max_bytes)
     raw = _read_bytes(path, max_bytes)
     try:
         full = nib.Nifti1Image.from_bytes(raw)
