@@ -1,0 +1,33 @@
+"""Progress of long work: a bar on a terminal, silence elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items, with a progress bar where standard error is a terminal.
+
+    Parameters
+    ----------
+    items : iterable
+    description : str
+    total : int, optional
+        Number of items, where `items` has no length.
+
+    Notes
+    -----
+    ``MEDSAM_LORA_NO_PROGRESS=1`` silences it on a terminal as well.
+    """
+    if not sys.stderr.isatty() or os.environ.get("MEDSAM_LORA_NO_PROGRESS") == "1":
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track as rich_track
+
+    yield from rich_track(items, description, total, console=Console(stderr=True), transient=True)
