@@ -40,6 +40,16 @@ LABEL_NAMES: Final[Mapping[int, str]] = {
     ET: "ET (enhancing tumour)",
 }
 
+LABELS: Final[Mapping[str, int]] = {"NETC": NETC, "SNFH": SNFH, "ET": ET}
+"""Short names of the canonical labels, as a run record's ``labels`` block uses them."""
+
+LABEL_COLOURS: Final[Mapping[int, tuple[float, float, float]]] = {
+    NETC: (0.90, 0.20, 0.20),
+    SNFH: (0.20, 0.80, 0.35),
+    ET: (1.00, 0.85, 0.10),
+}
+"""Display colours, red-green-blue in [0, 1]: each label has that of the region it is the outermost part of."""
+
 CONVENTIONS: Final[Mapping[str, Mapping[int, int]]] = {
     "brats2023": {1: NETC, 2: SNFH, 3: ET},
     "brats2018": {1: NETC, 2: SNFH, 4: ET},
@@ -140,6 +150,22 @@ def _convention_hint(unexpected: Mapping[int, int], convention: str) -> str:
     if set(unexpected) == {3} and convention == "brats2018":
         return "Label 3 is enhancing tumour in BraTS 2023: set label_convention to brats2023 in the manifest."
     return "Correct the reference, or set label_convention in the manifest."
+
+
+def meaning_of(name: str) -> frozenset[int]:
+    """The canonical labels that the name of a label or region stands for.
+
+    Parameters
+    ----------
+    name : str
+        A key of `LABELS` or `REGIONS`.
+
+    Examples
+    --------
+    >>> sorted(meaning_of("SNFH")), sorted(meaning_of("TC"))
+    ([2], [1, 3])
+    """
+    return frozenset({LABELS[name]} if name in LABELS else REGIONS[name])
 
 
 def region_mask(label_map: np.ndarray, region: str) -> np.ndarray:
