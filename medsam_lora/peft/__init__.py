@@ -1,1 +1,1 @@
-"""TODO."""
+"""Parameter-efficient adaptations of SAM."""
