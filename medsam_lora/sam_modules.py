@@ -41,9 +41,11 @@ from segment_anything.modeling import (  # noqa: E402
     Sam,
     TwoWayTransformer,
 )
+from segment_anything.modeling.common import LayerNorm2d  # noqa: E402
 
 __all__ = [
     "ImageEncoderViT",
+    "LayerNorm2d",
     "MaskDecoder",
     "PromptEncoder",
     "Sam",
