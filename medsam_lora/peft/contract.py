@@ -1,0 +1,330 @@
+"""What every method promises: the `Adaptation` that `attach` returns.
+
+A method is a list of `Edit`: places of the model where one object (a parameter, or a small module such as a Linear)
+is exchanged for a trainable one. The base object is kept, untouched, so that taking the edits back gives the base
+model bit for bit, by exchanging references and never by arithmetic on weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from medsam_lora.config import MethodConfig
+from medsam_lora.errors import AdapterError
+
+_MARK = "_medsam_lora_adaptation"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One exchange.
+
+    Parameters
+    ----------
+    path : str
+        Dotted name within the model of what is exchanged.
+    base, adapted : Parameter or Module
+        What stood there and what stands there while the adaptation is enabled. An adapted module may hold the base's
+        own parameters, frozen, beside its new ones; it must keep the base's names for them, so that a state dict does
+        not depend on the wrapping. Where its effect can be written into the base's tensors it has a method
+        ``merged_state() -> dict[str, Tensor]`` that returns them.
+    group : str
+        Which learning rate its tensors get: ``encoder`` or ``decoder``.
+    """
+
+    path: str
+    base: nn.Parameter | nn.Module
+    adapted: nn.Parameter | nn.Module
+    group: str
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The new parameters by dotted name within the model."""
+        if isinstance(self.adapted, nn.Parameter):
+            return {self.path: self.adapted}
+        kept = {id(p) for p in _parameters(self.base)}
+        return {f"{self.path}.{name}": p for name, p in self.adapted.named_parameters() if id(p) not in kept}
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the base's own tensors can have the adapted object's effect."""
+        return isinstance(self.adapted, nn.Parameter) or hasattr(self.adapted, "merged_state")
+
+    def merged(self) -> dict[str, Tensor]:
+        """Values for the base's tensors, by dotted name within the model, that have the adapted object's effect."""
+        if isinstance(self.adapted, nn.Parameter):
+            return {self.path: self.adapted.detach()}
+        merged_state: Callable[[], dict[str, Tensor]] = getattr(self.adapted, "merged_state")  # noqa: B009
+        return {f"{self.path}.{name}": tensor for name, tensor in merged_state().items()}
+
+
+@dataclass(frozen=True)
+class TrainableTensor:
+    """A declared tensor: its dotted name within the model, shape, and learning-rate group."""
+
+    name: str
+    shape: tuple[int, ...]
+    group: str
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an adaptation trains.
+
+    Parameters
+    ----------
+    method : str
+    tensors : tuple of TrainableTensor
+        Trainable, declared and saved: one and the same list.
+    cache_point : str or None
+        The deepest intermediate result that training leaves unchanged, so that it may be computed once per input:
+        ``embedding`` (output of the image encoder), ``trunk`` (input of its neck), ``block k`` (input of its
+        attention block k), or None.
+    mergeable : bool
+        Whether `Adaptation.merge` is possible.
+    """
+
+    method: str
+    tensors: tuple[TrainableTensor, ...]
+    cache_point: str | None
+    mergeable: bool
+
+    @property
+    def count(self) -> int:
+        """Number of trainable parameters."""
+        return sum(tensor.count for tensor in self.tensors)
+
+
+class Adaptation:
+    """A method attached to a model.
+
+    Parameters
+    ----------
+    model : Module
+    config : MethodConfig
+    edits : sequence of Edit
+    expected_count : int
+        Trainable parameters by the method's closed form; a different number is refused.
+    cache_point : str, optional
+        See `Report`.
+
+    Raises
+    ------
+    AdapterError
+        Where another adaptation is attached, or the edits do not fit the model or the closed form.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MethodConfig,
+        edits: Sequence[Edit],
+        *,
+        expected_count: int,
+        cache_point: str | None = None,
+    ) -> None:
+        self.model = model
+        self.name = config.name
+        self.config = config
+        self._edits = tuple(edits)
+        self._trainable = {name: (p, edit.group) for edit in self._edits for name, p in edit.trainable().items()}
+        self._base_flags: list[tuple[nn.Parameter, bool]] = []
+        self._attached = False
+        self._disabled_depth = 0
+        self.report = Report(
+            self.name,
+            tuple(TrainableTensor(name, tuple(p.shape), group) for name, (p, group) in self._trainable.items()),
+            cache_point,
+            all(edit.mergeable for edit in self._edits),
+        )
+        if self.report.count != expected_count:
+            raise AdapterError(
+                f"method {self.name} declares {self.report.count} parameters, its closed form gives {expected_count}",
+                remedy="This is a fault of the method; report it.",
+            )
+        self.reattach()
+
+    @property
+    def enabled(self) -> bool:
+        """True while the model computes with the adaptation."""
+        return self._attached and self._disabled_depth == 0
+
+    def parameters_by_group(self) -> dict[str, list[nn.Parameter]]:
+        """The trainable parameters by learning-rate group, in the report's order."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for parameter, group in self._trainable.values():
+            groups.setdefault(group, []).append(parameter)
+        return groups
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the trainable tensors by name; training on does not change them."""
+        return {name: parameter.detach().clone() for name, (parameter, _) in self._trainable.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Copy tensors in, in place, so that an optimiser built before keeps training what the model uses.
+
+        Raises
+        ------
+        AdapterError
+            Where a name is missing or unexpected, or a shape or type differs. Nothing is changed then.
+        """
+        problems = [f"missing {name}" for name in self._trainable if name not in state]
+        problems += [f"unexpected {name}" for name in state if name not in self._trainable]
+        for name, (parameter, _) in self._trainable.items():
+            given = state.get(name)
+            if given is not None and (given.shape != parameter.shape or given.dtype != parameter.dtype):
+                problems.append(
+                    f"{name} is {tuple(given.shape)} {given.dtype}, not {tuple(parameter.shape)} {parameter.dtype}"
+                )
+        if problems:
+            listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+            raise AdapterError(
+                f"the tensors do not fit method {self.name} on this model: {listed}",
+                remedy="Use the base model and the method options that the adapter was trained with.",
+            )
+        with torch.no_grad():
+            for name, (parameter, _) in self._trainable.items():
+                parameter.copy_(state[name])
+
+    def merge(self) -> dict[str, Tensor]:
+        """The adapted model as a state dict of the base model, for use without this package.
+
+        Returns
+        -------
+        dict of str to Tensor
+            The keys of the base model's ``state_dict()`` before the method was attached, in its order; copies.
+
+        Raises
+        ------
+        AdapterError
+            Where the method adds something that the base model's tensors cannot express.
+        """
+        if not self.report.mergeable:
+            raise AdapterError(
+                f"method {self.name} cannot be merged into the base model: it adds computation of its own",
+                remedy="Keep the adapter file beside the base checkpoint.",
+            )
+        with self.disable():
+            state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        for edit in self._edits:
+            for name, tensor in edit.merged().items():
+                if name not in state or state[name].shape != tensor.shape:
+                    raise AdapterError(f"the base model has no tensor {name} of shape {tuple(tensor.shape)}")
+                state[name] = tensor.clone()
+        return state
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """Within this context the model is the base model, bit for bit. Contexts may be nested."""
+        if not self._attached:
+            yield
+            return
+        if self._disabled_depth == 0:
+            self._exchange(enable=False)
+        self._disabled_depth += 1
+        try:
+            yield
+        finally:
+            self._disabled_depth -= 1
+            if self._disabled_depth == 0:
+                self._exchange(enable=True)
+
+    def detach(self) -> None:
+        """Give the model back as it was, its `requires_grad` flags included. The trained tensors stay here.
+
+        Raises
+        ------
+        AdapterError
+            Where it is detached already, or within `disable`.
+        """
+        if not self._attached or self._disabled_depth:
+            raise AdapterError(f"method {self.name} is not attached, or is disabled at the moment")
+        self._exchange(enable=False)
+        for parameter, flag in self._base_flags:
+            parameter.requires_grad_(flag)
+        self._base_flags = []
+        delattr(self.model, _MARK)
+        self._attached = False
+
+    def reattach(self) -> None:
+        """Attach again after `detach`, with the tensors as they were trained.
+
+        Raises
+        ------
+        AdapterError
+            Where an adaptation is attached to the model.
+        """
+        other = attached_to(self.model)
+        if other is not None:
+            raise AdapterError(
+                f"method {other.name} is attached to this model already", remedy="Detach it first: adaptation.detach()."
+            )
+        for edit in self._edits:
+            if _look_up(self.model, edit.path) is not edit.base:
+                raise AdapterError(f"{edit.path} is not what method {self.name} was made for")
+        self._base_flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        for parameter, _ in self._base_flags:
+            parameter.requires_grad_(False)
+        self._exchange(enable=True)
+        self._attached = True
+        setattr(self.model, _MARK, self)
+        trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        if trainable != set(self._trainable):
+            wrong = sorted(trainable ^ set(self._trainable))
+            self.detach()
+            raise AdapterError(f"method {self.name}: declared and trainable tensors differ: {wrong[:5]}")
+
+    def _exchange(self, *, enable: bool) -> None:
+        for edit in self._edits:
+            leaving, entering = (edit.base, edit.adapted) if enable else (edit.adapted, edit.base)
+            _follow(leaving, entering)
+            owner, _, leaf = edit.path.rpartition(".")
+            setattr(self.model.get_submodule(owner), leaf, entering)
+
+
+def attached_to(model: nn.Module) -> Adaptation | None:
+    """The adaptation attached to a model, if any."""
+    return getattr(model, _MARK, None)
+
+
+def train_whole(model: nn.Module, part: str, group: str) -> list[Edit]:
+    """Edits that train every parameter of one part of the model, starting from the base values.
+
+    Parameters
+    ----------
+    model : Module
+    part : str
+        Dotted name of a submodule.
+    group : str
+    """
+    return [
+        Edit(f"{part}.{name}", parameter, nn.Parameter(parameter.detach().clone()), group)
+        for name, parameter in model.get_submodule(part).named_parameters()
+    ]
+
+
+def _look_up(model: nn.Module, path: str) -> object:
+    owner, _, leaf = path.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
+
+
+def _parameters(item: nn.Parameter | nn.Module) -> list[nn.Parameter]:
+    return [item] if isinstance(item, nn.Parameter) else list(item.parameters())
+
+
+def _follow(leaving: nn.Parameter | nn.Module, entering: nn.Parameter | nn.Module) -> None:
+    # The one that was not part of the model has missed model.to(device) and model.eval().
+    for parameter in _parameters(leaving)[:1]:
+        # Module.to moves parameters and their gradients in place, so that an optimiser still knows them.
+        nn.ParameterList(_parameters(entering)).to(parameter.device)
+    if isinstance(leaving, nn.Module) and isinstance(entering, nn.Module):
+        entering.train(leaving.training)
