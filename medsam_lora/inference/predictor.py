@@ -1,0 +1,124 @@
+"""Masks of whole cases, slice batch by slice batch, on the crop grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from medsam_lora.io.store import PreparedSlices
+from medsam_lora.labels import region_mask
+from medsam_lora.models.segmenter import Segmenter
+from medsam_lora.prompts.box import boxes_from_mask
+from medsam_lora.transforms.intensity import zscore
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """How slices are predicted.
+
+    Parameters
+    ----------
+    batch_size : int
+        Slices per forward pass, each with all its modalities.
+    amp : str
+        ``none``, ``bf16`` or ``fp16``.
+    threshold : float
+        Probability above which a voxel is foreground.
+    """
+
+    batch_size: int = 4
+    amp: str = "none"
+    threshold: float = 0.5
+
+
+def autocast(device: torch.device, amp: str) -> Any:
+    """The autocast context of an `amp` setting (a null context for ``none``)."""
+    return nullcontext() if amp == "none" else torch.autocast(device.type, AMP_DTYPES[amp])
+
+
+def predict_slices(
+    segmenter: Segmenter, case: PreparedSlices, boxes: Mapping[int, np.ndarray], options: PredictOptions
+) -> np.ndarray:
+    """Masks of a case's slices.
+
+    Parameters
+    ----------
+    segmenter : Segmenter
+        Switched to evaluation mode and back.
+    case : PreparedSlices
+        Its modalities may be any subset of the segmenter's.
+    boxes : mapping of int to ndarray of float, shape (n, 4)
+        By slice index k of the oriented grid, on voxel edges of the crop grid; slices without boxes stay empty.
+    options : PredictOptions
+
+    Returns
+    -------
+    ndarray of bool, shape (N, R, X, Y)
+    """
+    present = [segmenter.modalities.index(name) for name in case.modalities]
+    x, y, _ = case.crop.shape
+    masks = np.zeros((len(case.ks), len(segmenter.regions), x, y), bool)
+    prompted = [n for n, k in enumerate(case.ks) if len(boxes.get(k, ())) > 0]
+    cut = math.log(options.threshold / (1 - options.threshold))
+    was_training = segmenter.training
+    segmenter.eval()
+    try:
+        with torch.inference_mode(), autocast(segmenter.device, options.amp):
+            for first in range(0, len(prompted), options.batch_size):
+                chunk = prompted[first : first + options.batch_size]
+                z = np.stack([zscore(np.asarray(case.image[n]), case.mean[n], case.std[n], case.voxels) for n in chunk])
+                output = segmenter(
+                    torch.from_numpy(z).to(segmenter.device), [boxes[case.ks[n]] for n in chunk], present
+                )
+                masks[chunk] = (output.logits > cut).cpu().numpy()
+    finally:
+        segmenter.train(was_training)
+    return masks
+
+
+@dataclass(frozen=True)
+class CaseScore:
+    """Volumetric agreement of one case and region during training.
+
+    Parameters
+    ----------
+    dice : float
+    area_ratio : float
+        Predicted volume over reference volume.
+    """
+
+    dice: float
+    area_ratio: float
+
+
+def validate_case(
+    segmenter: Segmenter, case: PreparedSlices, kind: str, min_voxels: int, options: PredictOptions
+) -> CaseScore:
+    """Volumetric Dice of a prepared case with its reference boxes, the mean over the segmenter's regions.
+
+    The store holds every slice of validation cases that shows tumour, so with reference boxes this is the Dice over
+    the whole volume; tumour voxels that the crop cut off count as missed.
+    """
+    assert case.label is not None
+    label = np.asarray(case.label)
+    boxes = {k: boxes_from_mask(region_mask(label[n], "WT"), kind, min_voxels) for n, k in enumerate(case.ks)}
+    masks = predict_slices(segmenter, case, boxes, options)
+    lost = int(case.report.get("tumour_voxels_lost", 0))
+    dices, ratios = [], []
+    for r, region in enumerate(segmenter.regions):
+        reference = region_mask(label, region)
+        n_reference = int(reference.sum()) + lost
+        n_prediction = int(masks[:, r].sum())
+        overlap = int((masks[:, r] & reference).sum())
+        total = n_reference + n_prediction
+        dices.append(2 * overlap / total if total else 1.0)
+        ratios.append(n_prediction / n_reference if n_reference else float(n_prediction == 0))
+    return CaseScore(float(np.mean(dices)), float(np.mean(ratios)))

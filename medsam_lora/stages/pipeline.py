@@ -1,0 +1,160 @@
+"""What a pipeline file says: which stages, with which methods, over which cohort, with which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from medsam_lora.config import Config, Section, apply_overrides, build_config, load_yaml, nearest
+from medsam_lora.errors import ConfigError
+
+STAGES = ("verify", "prepare", "train", "predict", "evaluate")
+
+
+class PhantomSection(Section):
+    """A synthetic cohort made instead of reading one."""
+
+    cases: int = Field(12, ge=3, description="Number of cases.")
+    seed: int = Field(0, ge=0, description="Seed of the cohort.")
+    shape: list[int] = Field([96, 112, 64], min_length=3, max_length=3, description="Voxels along each axis.")
+
+
+class SplitSection(Section):
+    """Shares of the patients, where the manifest is built by the pipeline and no folds are asked for."""
+
+    train: float = Field(0.7, ge=0, le=1, description="Share of training patients.")
+    val: float = Field(0.15, ge=0, le=1, description="Share of validation patients.")
+    test: float = Field(0.15, ge=0, le=1, description="Share of test patients.")
+    seed: int = Field(0, ge=0, description="Seed of the split.")
+
+
+class PretrainSection(Section):
+    """Training of vit_nano on synthetic shapes before anything else, while it has no weights of its own."""
+
+    steps: int = Field(200, ge=1, description="Optimiser steps.")
+    batch_size: int = Field(8, ge=1, description="Shapes per step.")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    seed: int = Field(0, ge=0, description="Seed.")
+
+
+class PipelineSection(Section):
+    """The keys of a pipeline file beside the sections of `Config`."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the pipeline.")
+    description: str = Field("", description="What it is for.")
+    stages: list[Literal["verify", "prepare", "train", "predict", "evaluate"]] = Field(
+        list(STAGES), description="Stages to run, in this order."
+    )
+    root: str | None = Field(
+        None, description="Data root; null is $MEDSAM_LORA_BRATS_DIR, else shared/data/brats beside the checkout."
+    )
+    manifest: str | None = Field(None, description="Manifest; null builds one by discovering the root.")
+    phantom: PhantomSection | None = Field(None, description="Make a synthetic cohort and use it.")
+    split: SplitSection = Field(SplitSection(), description="Shares of train, val and test.")
+    folds: int | None = Field(None, ge=2, description="Cross-validation folds over patients instead of one split.")
+    pretrain: PretrainSection | None = Field(None, description="Train vit_nano on shapes first.")
+    methods: list[dict[str, Any]] = Field(
+        [{"name": "zero_shot"}, {"name": "lora"}],
+        min_length=1,
+        description="One run each: options of `method`, an optional `label`, and whole sections to change.",
+    )
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> PipelineSection:
+        positions = [STAGES.index(stage) for stage in self.stages]
+        if positions != sorted(set(positions)):
+            raise ValueError(f"stages must be in the order {', '.join(STAGES)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Method:
+    """One run of a pipeline: the name of its folder and its whole configuration."""
+
+    label: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A checked pipeline."""
+
+    settings: PipelineSection
+    methods: tuple[Method, ...]
+    base: Config
+
+
+def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
+    """Read and check a pipeline file whole.
+
+    Parameters
+    ----------
+    path : Path
+    overrides : sequence of str
+        ``section.key=value`` over the sections of every method, and ``pipeline.key=value`` (or
+        ``phantom.key=value``, ``split.key=value``, ``pretrain.key=value``) over the pipeline's own keys.
+
+    Raises
+    ------
+    ConfigError
+        Where a key is unknown or ill-typed, or two methods have the same label.
+    """
+    return parse_pipeline(load_yaml(path), overrides, path)
+
+
+def parse_pipeline(data: Mapping[str, Any], overrides: Sequence[str] = (), path: Path | None = None) -> Pipeline:
+    """As `load_pipeline`, from data already read."""
+    own_keys = set(PipelineSection.model_fields)
+    sections = set(Config.model_fields)
+    for key in data:
+        if key not in own_keys | sections:
+            guess = nearest(key, sorted(own_keys | sections))
+            hint = f"; did you mean {guess}?" if guess else ""
+            raise ConfigError(f"unknown key {key}{hint}", path=path, remedy="See pipelines/README.md.")
+    own = {k: v for k, v in data.items() if k in own_keys}
+    mine = [t for t in overrides if t.partition(".")[0] in {"pipeline", *own_keys}]
+    shared = [t for t in overrides if t not in mine]
+    settings = _settings(own, mine, path)
+    base_data = {k: v for k, v in data.items() if k in sections}
+    methods = [_method(base_data, entry, shared, path) for entry in _entries(settings, shared)]
+    labels = [m.label for m in methods]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ConfigError(f"two methods are called {twice[0]!r}", path=path, remedy="Give one of them another `label`.")
+    return Pipeline(settings, tuple(methods), build_config(apply_overrides(base_data, shared), path))
+
+
+def _settings(own: Mapping[str, Any], overrides: Sequence[str], path: Path | None) -> PipelineSection:
+    nested = apply_overrides({"pipeline": dict(own)}, [t for t in overrides if t.startswith("pipeline.")])["pipeline"]
+    changed = apply_overrides(
+        {k: v for k, v in nested.items() if isinstance(v, Mapping)},
+        [t for t in overrides if not t.startswith("pipeline.")],
+    )
+    try:
+        return PipelineSection.model_validate({**nested, **changed})
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
+        raise ConfigError(problems, path=path, remedy="See pipelines/README.md.") from error
+
+
+def _entries(settings: PipelineSection, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """The method entries; ``--set method.name=X`` chooses X among them, or replaces them where X is none of them."""
+    chosen = apply_overrides({}, [t for t in overrides if t.startswith("method.name=")]).get("method", {}).get("name")
+    if chosen is None:
+        return settings.methods
+    return [e for e in settings.methods if e.get("name") == chosen] or [{"name": chosen}]
+
+
+def _method(base: Mapping[str, Any], entry: Mapping[str, Any], overrides: Sequence[str], path: Path | None) -> Method:
+    data: dict[str, Any] = {k: dict(v or {}) for k, v in base.items()}
+    options = {k: v for k, v in entry.items() if k not in Config.model_fields and k != "label"}
+    for section, changes in entry.items():
+        if section in Config.model_fields:
+            data[section] = {**data.get(section, {}), **changes}
+    data["method"] = {**data.get("method", {}), **options}
+    config = build_config(apply_overrides(data, overrides), path)
+    return Method(str(entry.get("label", config.method.name)), config)

@@ -1,0 +1,286 @@
+"""Prediction of whole cases: from native files and boxes to masks on the native grid."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medsam_lora.config import Config, PredictConfig
+from medsam_lora.errors import DataError, ManifestError, MedsamLoraError
+from medsam_lora.inference.predictor import PredictOptions, predict_slices
+from medsam_lora.inference.volume import to_native
+from medsam_lora.io.case import read_case
+from medsam_lora.io.files import sha256_of
+from medsam_lora.io.manifest import read_manifest
+from medsam_lora.io.nifti import write_label_map
+from medsam_lora.io.seg_nrrd import segments_for, write_seg_nrrd
+from medsam_lora.io.tables import FINDING_COLUMNS, write_table
+from medsam_lora.models.assemble import choose_device, load_segmenter
+from medsam_lora.models.segmenter import Segmenter
+from medsam_lora.progress import track
+from medsam_lora.prompts.sources import on_grid, read_box_table, reference_boxes, write_box_table
+from medsam_lora.records import CaseRecord, CaseVolumes, Finding, SliceBox, StageOutcome
+from medsam_lora.stages.record import run_record, write_json
+from medsam_lora.stages.train import ADAPTER_FILE
+from medsam_lora.training.loop import peak_memory_mib
+from medsam_lora.transforms.stages import PreparePlan, prepare_case
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_BOX = "reference_box"
+BOX_TABLE = "box_table"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every case of one prediction shares."""
+
+    segmenter: Segmenter
+    plan: PreparePlan
+    root: Path
+    out: Path
+    kind: str
+    min_voxels: int
+    options: PredictOptions
+    max_bytes: int
+
+
+def predict(
+    manifest: Path,
+    root: Path | None,
+    run: Path,
+    out: Path,
+    config: Config,
+    *,
+    boxes: Path | None = None,
+    split: str | None = None,
+    device: str = "auto",
+) -> StageOutcome:
+    """Predict the cases of a manifest with a run's adapter.
+
+    Parameters
+    ----------
+    manifest : Path
+    root : Path or None
+        Data root; the manifest's folder by default.
+    run : Path
+        A run folder (or an adapter file).
+    out : Path
+        Receives ``<case_id>.nii.gz``, ``<case_id>.seg.nrrd``, ``prompts.csv``, ``record.json``, ``failures.csv``.
+    config : Config
+        Its `predict` section, ``data.max_gib`` and ``model.weights`` hold; everything else is as trained, because the
+        adapter fixes it.
+    boxes : Path, optional
+        CSV of box prompts (`io.tables.BOX_COLUMNS`, native frame); without it boxes come from the reference.
+    split : str, optional
+        Only the cases of this split.
+    device : str
+
+    Returns
+    -------
+    StageOutcome
+        Cases that were there already, from the same files, boxes and adapter, are `skipped`.
+    """
+    started = time.perf_counter()
+    adapter = run if run.is_file() else run / ADAPTER_FILE
+    target = choose_device(device)
+    records = _chosen(read_manifest(manifest), split, manifest)
+    given = None if boxes is None else read_box_table(boxes)
+    segmenter, metadata = load_segmenter(adapter, config.model.weights, target)
+    task = Task(
+        segmenter,
+        PreparePlan.from_json(metadata["plan"]),
+        manifest.parent if root is None else root,
+        out,
+        metadata["prompts"]["kind"],
+        metadata["prompts"]["min_voxels"],
+        PredictOptions(config.predict.batch_size, config.predict.amp, config.predict.threshold),
+        int(config.data.max_gib * 2**30),
+    )
+    labels = {i + 1: region for i, region in enumerate(segmenter.regions)}
+    log = _Log(out, _identity(adapter, config.predict))
+    outcome = StageOutcome()
+    for record in track(records, "predict"):
+        mine = None if given is None else given.get(record.case_id, [])
+        key = _case_key(record, mine)
+        if log.is_done(record.case_id, key):
+            outcome.skipped.append(record.case_id)
+            continue
+        try:
+            used = _predict_case(task, record, mine, labels)
+        except MedsamLoraError as error:
+            outcome.failed.append(_finding(record.case_id, error))
+            logger.error("%s", error)
+            continue
+        log.add(record.case_id, key, used)
+        outcome.done.append(record.case_id)
+    log.finish(
+        run_record()
+        | {
+            "stage": "predict",
+            "run": run.name if run.is_dir() else run.stem,
+            "method": metadata["method"],
+            "method_options": metadata["method_options"],
+            "prompt_source": REFERENCE_BOX if boxes is None else BOX_TABLE,
+            "regions": list(segmenter.regions),
+            "labels": {str(value): region for value, region in labels.items()},
+            "modalities": list(segmenter.modalities),
+            "cases": [record.case_id for record in records],
+            "adapter_sha256": sha256_of(adapter),
+            "base_sha256": metadata["base_sha256"],
+            "predict": config.predict.model_dump(mode="json"),
+            "device": str(target),
+            "duration_s": time.perf_counter() - started,
+            "peak_memory_mib": peak_memory_mib(target),
+        }
+    )
+    write_table(out / "failures.csv", FINDING_COLUMNS, [vars(f) for f in outcome.failed])
+    return outcome
+
+
+def _predict_case(
+    task: Task, record: CaseRecord, given: Sequence[SliceBox] | None, labels: Mapping[int, str]
+) -> list[SliceBox]:
+    """Predict and write one case; gives back the boxes used, in the native frame."""
+    case = read_case(record, task.root, task.segmenter.modalities, max_bytes=task.max_bytes, allow_missing=True)
+    if len(case.modalities) < len(task.segmenter.modalities):
+        absent = sorted(set(task.segmenter.modalities) - set(case.modalities))
+        logger.warning("case %s: predicted without %s", record.case_id, ", ".join(absent))
+    boxes = _boxes(case, given, task)
+    mask = native_masks(task, case, boxes)
+    label_map = np.zeros(case.geometry.shape, np.uint8)
+    for value, r in zip(labels, range(len(mask)), strict=True):
+        label_map[mask[r]] = value
+    write_seg_nrrd(task.out / f"{record.case_id}.seg.nrrd", label_map, case.geometry, segments_for(labels))
+    # Last, as its presence says that the case is done.
+    write_label_map(task.out / f"{record.case_id}.nii.gz", label_map, case.geometry)
+    return boxes
+
+
+def native_masks(task: Task, case: CaseVolumes, boxes: Sequence[SliceBox]) -> np.ndarray:
+    """Masks of a case on its native grid.
+
+    Parameters
+    ----------
+    task : Task
+    case : CaseVolumes
+    boxes : sequence of SliceBox
+        Native frame.
+
+    Returns
+    -------
+    ndarray of bool, shape (R, X, Y, Z)
+    """
+    # Where a slice lies is known only on the oriented grid, so the crop is asked for first, without slices.
+    grid = prepare_case(case, task.plan, []).crop
+    placed = on_grid(boxes, case.geometry, grid)
+    if boxes and not placed:
+        raise DataError(
+            "no box lies inside the crop",
+            case_id=case.record.case_id,
+            remedy="Check that the boxes are voxel indices of this very file (array axes 0, 1, 2).",
+        )
+    slices = prepare_case(case, task.plan, sorted(placed))
+    masks = predict_slices(task.segmenter, slices, placed, task.options)
+    return np.stack([to_native(masks[:, r], slices) for r in range(masks.shape[1])])
+
+
+def _boxes(case: CaseVolumes, given: Sequence[SliceBox] | None, task: Task) -> list[SliceBox]:
+    if given is not None:
+        if not given:
+            raise DataError(
+                "the box table has no line for this case",
+                case_id=case.record.case_id,
+                remedy="Add its boxes, or take the case out of the manifest.",
+            )
+        outside = [b for b in given if not _inside(b, case.geometry.shape)]
+        if outside:
+            b = outside[0]
+            raise DataError(
+                f"{len(outside)} boxes leave the volume of shape {case.geometry.shape}, the first is "
+                f"k={b.k} ({b.i0:g}, {b.j0:g}, {b.i1:g}, {b.j1:g})",
+                case_id=case.record.case_id,
+                remedy="Give voxel indices of this very file (array axes 0, 1, 2), half-open.",
+            )
+        return list(given)
+    if case.label_map is None:
+        raise DataError(
+            "the case has no reference to take box prompts from",
+            case_id=case.record.case_id,
+            remedy="Give boxes with --boxes FILE.csv (case_id,k,i0,j0,i1,j1).",
+        )
+    return reference_boxes(case.label_map, case.geometry, "WT", task.kind, task.min_voxels)
+
+
+def _inside(box: SliceBox, shape: tuple[int, int, int]) -> bool:
+    x, y, z = shape
+    return 0 <= box.k < z and 0 <= box.i0 < box.i1 <= x and 0 <= box.j0 < box.j1 <= y
+
+
+class _Log:
+    """What is done in a predictions folder, so that a second run does only what is missing."""
+
+    def __init__(self, out: Path, identity: str) -> None:
+        self.out = out
+        self.identity = identity
+        self.keys: dict[str, str] = {}
+        self.boxes: dict[str, list[SliceBox]] = {}
+        path = out / "record.json"
+        if path.is_file() and (out / "prompts.csv").is_file():
+            try:
+                old = json.loads(path.read_text())
+            except json.JSONDecodeError:
+                old = {}
+            if old.get("identity") == identity:
+                self.keys = dict(old.get("done", {}))
+                self.boxes = read_box_table(out / "prompts.csv")
+        self.record: dict[str, Any] = {}
+
+    def is_done(self, case_id: str, key: str) -> bool:
+        return self.keys.get(case_id) == key and (self.out / f"{case_id}.nii.gz").is_file()
+
+    def add(self, case_id: str, key: str, boxes: list[SliceBox]) -> None:
+        self.keys[case_id] = key
+        self.boxes[case_id] = boxes
+        self._write()
+
+    def finish(self, record: dict[str, Any]) -> None:
+        self.record = record
+        self._write()
+
+    def _write(self) -> None:
+        write_box_table(self.out / "prompts.csv", self.boxes)
+        write_json(self.out / "record.json", self.record | {"identity": self.identity, "done": self.keys})
+
+
+def _chosen(records: Sequence[CaseRecord], split: str | None, manifest: Path) -> list[CaseRecord]:
+    chosen = [r for r in records if split is None or r.split == split]
+    if not chosen:
+        known = ", ".join(sorted({r.split or "(empty)" for r in records})) or "none"
+        raise ManifestError(
+            f"no case is in the split {split!r} (splits here: {known})", path=manifest, remedy="Choose another --split."
+        )
+    return chosen
+
+
+def _identity(adapter: Path, options: PredictConfig) -> str:
+    text = json.dumps([sha256_of(adapter), options.threshold, options.amp])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _case_key(record: CaseRecord, boxes: Sequence[SliceBox] | None) -> str:
+    text = json.dumps([record.sha256, None if boxes is None else [vars(b) for b in boxes]])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _finding(case_id: str, error: MedsamLoraError) -> Finding:
+    path = "" if error.path is None else str(error.path)
+    return Finding(case_id, path, error.code or "failed", "error", error.message, error.remedy or "")

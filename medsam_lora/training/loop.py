@@ -1,0 +1,387 @@
+"""The training loop.
+
+Every random choice is a function of (seed, epoch, index), so a state holds no generator and a run that was stopped
+goes on bit for bit (on the CPU; on CUDA as far as its kernels are deterministic).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from medsam_lora.config import TrainConfig
+from medsam_lora.errors import TrainingError
+from medsam_lora.inference.predictor import PredictOptions, autocast, validate_case
+from medsam_lora.io.store import PreparedSlices
+from medsam_lora.models.segmenter import Segmenter
+from medsam_lora.training.dataset import SliceDataset, epoch_order, plan_batches
+from medsam_lora.training.early_stopping import EarlyStopping
+from medsam_lora.training.losses import LossWeights, hard_iou, segmentation_loss
+from medsam_lora.training.state import load_state, save_state
+
+logger = logging.getLogger(__name__)
+
+LOG_COLUMNS = (
+    "epoch",
+    "loss",
+    "loss_dice",
+    "loss_bce",
+    "loss_focal",
+    "loss_iou",
+    "train_dice",
+    "train_area_ratio",
+    "val_dice",
+    "val_area_ratio",
+    "lr_encoder",
+    "lr_decoder",
+    "grad_norm",
+    "images_per_s",
+    "peak_memory_mib",
+    "duration_s",
+)
+
+ALL_TOKENS = (0, 1, 2, 3)
+
+
+class Interrupted(Exception):
+    """Training was stopped by Ctrl-C; its state is saved."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved whole.
+
+    Parameters
+    ----------
+    epoch : int
+        Current epoch, from 1.
+    position : int
+        Batches of it that are done.
+    sums : dict of str to float
+        Running sums of the epoch's log.
+    rows : list of dict
+        Finished rows of ``log.csv``.
+    """
+
+    epoch: int = 1
+    position: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains the declared parameters of a segmenter.
+
+    Parameters
+    ----------
+    segmenter : Segmenter
+    dataset : SliceDataset
+        Training slices.
+    validation : sequence of PreparedSlices
+        Whole validation cases; may be empty where ``options.select`` is ``last``.
+    options : TrainConfig
+    state_path : Path
+    identity : str
+        Hash of everything that must be equal for a state to be resumed (configuration, data, base weights).
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        dataset: SliceDataset,
+        validation: Sequence[PreparedSlices],
+        options: TrainConfig,
+        state_path: Path,
+        identity: str,
+    ) -> None:
+        self.segmenter = segmenter
+        self.dataset = dataset
+        self.validation = list(validation)
+        self.options = options
+        self.state_path = state_path
+        self.identity = identity
+        self.progress = Progress()
+        self.stopping = EarlyStopping(options.patience)
+        self.best_state: dict[str, torch.Tensor] | None = None
+        self.weights = LossWeights(options.dice_weight, options.bce_weight, options.focal_share, options.focal_gamma)
+        self.optimiser = build_optimiser(segmenter, options)
+        self.scaler = torch.amp.GradScaler(segmenter.device.type, enabled=options.amp == "fp16")
+        n_items = min(len(dataset), options.slices_per_epoch or len(dataset))
+        # An upper bound (slices of several shapes make more batches): the schedule needs only the order of magnitude
+        # of one batch, and a fixed total keeps it a function of the options alone.
+        self.steps_per_epoch = math.ceil(math.ceil(n_items / options.batch_size) / options.accumulation)
+
+    # ---------------------------------------------------------------- run
+    def fit(self, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
+        """Train to the end and leave the chosen weights in the segmenter.
+
+        Parameters
+        ----------
+        on_epoch : callable, optional
+            Called with each finished log row.
+
+        Returns
+        -------
+        list of dict
+            The rows of ``log.csv``.
+
+        Raises
+        ------
+        Interrupted
+            After Ctrl-C; the state is saved.
+        TrainingError
+            Where the loss is not finite.
+        """
+        with _deterministic(), _graceful_interrupt() as interrupted:
+            if self.progress.epoch == 1 and self.progress.position == 0 and not self.progress.rows:
+                self._finish_epoch(0, time.perf_counter(), on_epoch)
+            while self.progress.epoch <= self.options.epochs:
+                started = time.perf_counter()
+                self._run_epoch(interrupted)
+                self._finish_epoch(self.progress.epoch, started, on_epoch)
+                stop = self.stopping.exhausted(self.progress.epoch)
+                self.progress = Progress(self.progress.epoch + 1, rows=self.progress.rows)
+                self._save()
+                if stop:
+                    logger.info("no better validation Dice for %d epochs: stopped", self.options.patience)
+                    break
+        if self.options.select == "best" and self.best_state is not None:
+            self.segmenter.load_adapter_state(self.best_state)
+        return self.progress.rows
+
+    def _run_epoch(self, interrupted: Callable[[], bool]) -> None:
+        options, progress = self.options, self.progress
+        order = epoch_order(len(self.dataset), options.seed, progress.epoch, options.slices_per_epoch)
+        batches = plan_batches(order, [self.dataset.shape(i) for i in order], options.batch_size)
+        self.segmenter.train()
+        while progress.position < len(batches):
+            first = progress.position
+            group = batches[first : first + options.accumulation]
+            self._set_rates(progress.epoch, first // options.accumulation)
+            self.optimiser.zero_grad(set_to_none=True)
+            n_slices = sum(len(b) for b in group)
+            for offset, items in enumerate(group):
+                self._forward_backward(items, len(items) / n_slices, first + offset)
+            self._update()
+            progress.position += len(group)
+            # Only between updates, so that accumulated gradients need not be saved.
+            if interrupted():
+                self._save()
+                raise Interrupted(f"stopped in epoch {progress.epoch}; its state is saved in {self.state_path}")
+
+    def _forward_backward(self, items: list[int], share: float, position: int) -> None:
+        options, device = self.options, self.segmenter.device
+        batch = self.dataset.batch(items, (options.seed, self.progress.epoch), options.flip)
+        # Dropout alone draws from torch's global generator: give it one of its own and put the old one back.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(_draw_seed(options.seed, self.progress.epoch, position))
+            with autocast(device, options.amp):
+                output = self.segmenter(batch.z.to(device, non_blocking=True), batch.boxes, tokens=ALL_TOKENS)
+        target = batch.masks[:, :1].to(device).expand(-1, len(ALL_TOKENS), -1, -1)
+        terms = segmentation_loss(output.logits, output.iou, target, self.segmenter.main_tokens, self.weights)
+        if not torch.isfinite(terms.total):
+            raise TrainingError(
+                f"the loss is {terms.total.item()} in epoch {self.progress.epoch}",
+                remedy="Lower train.lr, or train in train.amp=none or bf16.",
+            )
+        self.scaler.scale(terms.total * share).backward()
+        with torch.no_grad():
+            main = output.logits[:, self.segmenter.main_tokens]
+            reference = target[:, self.segmenter.main_tokens].float()
+            iou = hard_iou(main, reference)
+            self._add("loss", terms.total.item() * len(items))
+            self._add("loss_dice", terms.dice.item() * len(items))
+            self._add("loss_bce", terms.bce.item() * len(items))
+            self._add("loss_focal", terms.focal.item() * len(items))
+            self._add("loss_iou", terms.iou.item() * len(items))
+            self._add("train_dice", (2 * iou / (1 + iou)).mean(dim=1).sum().item())
+            self._add("predicted_voxels", (main > 0).sum().item())
+            self._add("reference_voxels", reference.sum().item())
+            self._add("slices", len(items))
+
+    def _update(self) -> None:
+        self.scaler.unscale_(self.optimiser)
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.options.clip_norm or math.inf)
+        self._add("grad_norm", float(norm))
+        self._add("updates", 1)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+
+    def _set_rates(self, epoch: int, step: int) -> None:
+        done = (epoch - 1) * self.steps_per_epoch + step
+        factor = schedule_factor(done, self.options.epochs * self.steps_per_epoch, self.options)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+    # ---------------------------------------------------------------- log
+    def _finish_epoch(self, epoch: int, started: float, on_epoch: Callable[[dict[str, Any]], None] | None) -> None:
+        duration = time.perf_counter() - started
+        row = self._train_row(epoch, duration) if epoch else {"epoch": 0}
+        due = epoch % self.options.validate_every == 0 or epoch == self.options.epochs
+        if self.validation and due:
+            scores = [self._validate(case) for case in self.validation]
+            row["val_dice"] = sum(s.dice for s in scores) / len(scores)
+            row["val_area_ratio"] = sum(s.area_ratio for s in scores) / len(scores)
+            # Epoch 0 is the base model: training that never beats it should keep it, and say so.
+            if self.stopping.update(epoch, row["val_dice"]) and self.options.select == "best":
+                self.best_state = {k: v.clone().cpu() for k, v in self.segmenter.adapter_state().items()}
+        self.progress.rows.append(row)
+        if on_epoch is not None:
+            on_epoch(row)
+
+    def _train_row(self, epoch: int, duration: float) -> dict[str, Any]:
+        sums = self.progress.sums
+        n = max(sums.get("slices", 0.0), 1.0)
+        row: dict[str, Any] = {"epoch": epoch}
+        for name in ("loss", "loss_dice", "loss_bce", "loss_focal", "loss_iou", "train_dice"):
+            row[name] = sums.get(name, 0.0) / n
+        row["train_area_ratio"] = sums.get("predicted_voxels", 0.0) / max(sums.get("reference_voxels", 0.0), 1.0)
+        rates = {group["name"]: group["lr"] for group in self.optimiser.param_groups}
+        row["lr_encoder"] = rates.get("encoder", rates.get("encoder/vectors"))
+        row["lr_decoder"] = rates.get("decoder", rates.get("decoder/vectors"))
+        row["grad_norm"] = sums.get("grad_norm", 0.0) / max(sums.get("updates", 0.0), 1.0)
+        row["images_per_s"] = n * len(self.segmenter.modalities) / duration
+        row["peak_memory_mib"] = peak_memory_mib(self.segmenter.device)
+        row["duration_s"] = duration
+        return row
+
+    def _validate(self, case: PreparedSlices) -> Any:
+        prompts = self.dataset.prompts
+        options = PredictOptions(self.options.batch_size, self.options.amp)
+        return validate_case(self.segmenter, case, prompts.kind, prompts.min_voxels, options)
+
+    def _add(self, name: str, value: float) -> None:
+        self.progress.sums[name] = self.progress.sums.get(name, 0.0) + float(value)
+
+    # ---------------------------------------------------------------- state
+    def _save(self) -> None:
+        save_state(
+            self.state_path,
+            {
+                "identity": self.identity,
+                "progress": asdict(self.progress),
+                "stopping": asdict(self.stopping),
+                "adapter": self.segmenter.adapter_state(),
+                "best": self.best_state,
+                "optimiser": self.optimiser.state_dict(),
+                "scaler": self.scaler.state_dict(),
+            },
+        )
+
+    def resume(self) -> None:
+        """Take up the saved state.
+
+        Raises
+        ------
+        TrainingError
+            Where there is none, or it belongs to another configuration, data set or base model.
+        """
+        state = load_state(self.state_path)
+        if state["identity"] != self.identity:
+            raise TrainingError(
+                f"the state was saved by a run with other settings, data or weights ({state['identity'][:12]} there, "
+                f"{self.identity[:12]} here)",
+                path=self.state_path,
+                remedy="Resume with the configuration, manifest and weights it was started with, or train anew.",
+            )
+        self.segmenter.load_adapter_state(state["adapter"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self.stopping = EarlyStopping(**state["stopping"])
+        self.best_state = state["best"]
+
+
+def build_optimiser(segmenter: Segmenter, options: TrainConfig) -> torch.optim.Optimizer:
+    """Adam or AdamW over exactly the declared parameters, one group per part and decay.
+
+    Biases, norms and other vectors get no weight decay: shrinking them has no regularising sense.
+    """
+    groups = []
+    for name, parameters in segmenter.trainable_groups().items():
+        rate = options.lr_encoder if name == "encoder" and options.lr_encoder is not None else options.lr
+        matrices = [p for p in parameters if p.ndim > 1]
+        vectors = [p for p in parameters if p.ndim <= 1]
+        for suffix, members, decay in (("", matrices, options.weight_decay), ("/vectors", vectors, 0.0)):
+            if members:
+                groups.append(
+                    {"name": name + suffix, "params": members, "lr": rate, "base_lr": rate, "weight_decay": decay}
+                )
+    if not groups:
+        raise TrainingError("the method has nothing to train", remedy="Use method.name=lora or another one.")
+    kind = torch.optim.AdamW if options.optimiser == "adamw" else torch.optim.Adam
+    return kind(groups)
+
+
+def schedule_factor(step: int, total: int, options: TrainConfig) -> float:
+    """Learning-rate factor of an update: linear warm-up to 1, then constant or a half cosine to 0.
+
+    Examples
+    --------
+    >>> options = TrainConfig(warmup_share=0.2)
+    >>> [round(schedule_factor(s, 10, options), 3) for s in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.038]
+    """
+    warmup = round(options.warmup_share * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    if options.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+def _draw_seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory of this process: of the GPU on CUDA, else the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_before = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_before)
+
+
+@contextmanager
+def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a flag that is read between updates; a second one stops at once."""
+    hits = 0
+
+    def note(signum: int, frame: Any) -> None:
+        nonlocal hits
+        hits += 1
+        if hits > 1:
+            raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: hits > 0
+    finally:
+        signal.signal(signal.SIGINT, before)
