@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medsam_lora.errors import ConfigError
 from medsam_lora.labels import MODALITIES
@@ -34,12 +34,12 @@ class DataConfig(Section):
     max_gib: float = Field(2.0, gt=0, description="Cap on the bytes a header may claim, in GiB.")
     nonfinite: Literal["reject", "zero"] = Field("reject", description="What to do with NaN and infinite voxels.")
 
-    @model_validator(mode="after")
-    def _canonical_order(self) -> DataConfig:
-        if len(set(self.modalities)) != len(self.modalities):
+    @field_validator("modalities")
+    @classmethod
+    def _canonical_order(cls, modalities: list[Modality]) -> list[Modality]:
+        if len(set(modalities)) != len(modalities):
             raise ValueError("a modality is named twice")
-        self.modalities.sort(key=MODALITIES.index)
-        return self
+        return sorted(modalities, key=MODALITIES.index)
 
 
 class SlicingConfig(Section):
@@ -305,19 +305,27 @@ def _explain(error: dict[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     name = ".".join(location)
     if error["type"] != "extra_forbidden":
-        return f"{name}: {error['msg']} (given: {error['input']!r})"
+        return f"{name}: {error['msg'].removeprefix('Value error, ')} (given: {error['input']!r})"
     if len(location) == 1:
         known = list(Config.model_fields)
         guess = nearest(location[0], known)
     else:
-        section = Config.model_fields[location[0]].default
-        known = [f"{location[0]}.{key}" for key in type(section).model_fields]
-        guess = nearest(name, known) or _elsewhere(location[-1])
+        section, key = location[0], location[-1]
+        known = [f"{section}.{k}" for k in type(Config.model_fields[section].default).model_fields]
+        guess = _nearest_key(section, key)
     hint = f"; did you mean {guess}?" if guess else f"; known: {', '.join(known)}"
     return f"unknown key {name}{hint}"
 
 
-def _elsewhere(key: str) -> str | None:
-    every = {k: f"{s}.{k}" for s, f in Config.model_fields.items() for k in type(f.default).model_fields}
+def _nearest_key(section: str, key: str) -> str | None:
+    """The key meant: this very one in another section, else a like one in this section, else in any."""
+    keys = {s: list(type(field.default).model_fields) for s, field in Config.model_fields.items()}
+    for s, names in keys.items():
+        if key in names:
+            return f"{s}.{key}"
+    here = nearest(key, keys[section])
+    if here:
+        return f"{section}.{here}"
+    every = {k: f"{s}.{k}" for s, names in keys.items() for k in names}
     guess = nearest(key, list(every))
     return every[guess] if guess else None

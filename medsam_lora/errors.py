@@ -52,7 +52,8 @@ class MedsamLoraError(Exception):
         if self.path is not None:
             parts.append(str(self.path))
         text = ": ".join([*parts, self.message])
-        return text if self.remedy is None else f"{text}. Remedy: {self.remedy}"
+        stop = "" if text.endswith("?") else "."
+        return text if self.remedy is None else f"{text}{stop} Remedy: {self.remedy}"
 
     def __reduce__(self) -> tuple:
         # Keyword-only arguments do not survive the default pickling that worker processes use.
