@@ -1,0 +1,85 @@
+"""``info``, ``config`` and ``weights``: what is there and what can be set."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from medsam_lora.commands import options
+from medsam_lora.errors import WeightsError
+
+weights_app = typer.Typer(
+    help="Find or download the official base weights.", no_args_is_help=True, rich_markup_mode=None
+)
+
+ModelName = Annotated[str, typer.Argument(metavar="NAME", help="A model name, as `weights list` shows them.")]
+
+
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with stable keys.")] = False,
+) -> None:
+    """Print versions, the device, and the known models and methods."""
+    from medsam_lora.stages.info import as_text, collect
+
+    found = collect()
+    typer.echo(json.dumps(found, indent=2) if as_json else as_text(found))
+
+
+def show_config(
+    schema: Annotated[bool, typer.Option("--schema", help="Every key, type, default and meaning, as JSON.")] = False,
+    config: options.ConfigOption = None,
+    settings: options.SetOption = None,
+) -> None:
+    """Print the effective configuration as YAML, or its schema."""
+    from medsam_lora.config import Config, dump_config, load_config
+
+    if schema:
+        typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+    else:
+        typer.echo(dump_config(load_config(config, settings or ())), nl=False)
+
+
+@weights_app.command("list")
+def weights_list() -> None:
+    """Print every model that has official weights, and where they are."""
+    from medsam_lora.models import MODELS
+    from medsam_lora.models.weights import locate
+
+    for name, spec in MODELS.items():
+        if spec.file_name is not None:
+            typer.echo(f"{name:<10}{spec.file_name:<26}{locate(name) or 'not here: medsam-lora weights fetch ' + name}")
+
+
+@weights_app.command("path")
+def weights_path(name: ModelName) -> None:
+    """Print where the weights of a model are."""
+    from medsam_lora.models.weights import locate
+
+    found = locate(_known(name))
+    if found is None:
+        raise WeightsError(f"the weights of {name} are not here", remedy=f"Run medsam-lora weights fetch {name}.")
+    typer.echo(str(found))
+
+
+@weights_app.command("fetch")
+def weights_fetch(name: ModelName) -> None:
+    """Download the official weights of a model, unless they are here, and check their hash."""
+    from medsam_lora.models.weights import fetch
+
+    typer.echo(str(fetch(_known(name))))
+
+
+def _known(name: str) -> str:
+    from medsam_lora.config import nearest
+    from medsam_lora.models import MODELS
+
+    official = [model for model, spec in MODELS.items() if spec.file_name is not None]
+    if name in official:
+        return name
+    if name in MODELS:
+        raise WeightsError(f"{name} has no official weights", remedy=f"Use one of {', '.join(official)}.")
+    guess = nearest(name, official)
+    hint = f"Did you mean {guess}? " if guess else ""
+    raise WeightsError(f"no model is called {name!r}", remedy=f"{hint}Known: {', '.join(official)}.")

@@ -1,0 +1,88 @@
+"""``train``, ``predict`` and ``evaluate``: from prepared slices to a table of Dice values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medsam_lora.commands import options
+from medsam_lora.config import load_config
+
+PreparedOption = Annotated[Path, typer.Option("--prepared", metavar="DIR", help="Root of the prepared store.")]
+RunOption = Annotated[Path, typer.Option("--run", metavar="DIR", help="The run folder (adapter, config, log).")]
+
+
+def train(
+    run: RunOption,
+    prepared: PreparedOption = Path("prepared"),
+    manifest: Annotated[
+        Path | None, typer.Option("--manifest", metavar="M.csv", help="Says the splits [as they were prepared].")
+    ] = None,
+    # The store holds all that training reads; accepted so that one line of options serves every stage.
+    root: Annotated[Path | None, typer.Option("--root", metavar="DIR", hidden=True)] = None,
+    device: options.DeviceOption = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's saved state.")] = False,
+    config: options.ConfigOption = None,
+    settings: options.SetOption = None,
+) -> None:
+    """Train the adaptation on the train split; Ctrl-C saves and stops."""
+    chosen = load_config(config, settings or ())
+    from medsam_lora.stages.train import train as train_method
+
+    record = train_method(manifest, prepared, run, chosen, device=device, resume=resume)
+    typer.echo(
+        f"trained {record['method']} ({record['trainable_parameters']:,} parameters, {record['n_train_cases']} cases) "
+        f"in {record['duration_s']:.0f} s: {run}"
+    )
+
+
+def predict(
+    manifest: options.ManifestOption,
+    run: RunOption,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the predictions.")],
+    root: options.RootOption = None,
+    boxes: options.BoxesOption = None,
+    split: options.SplitOption = None,
+    device: options.DeviceOption = "auto",
+    config: options.ConfigOption = None,
+    settings: options.SetOption = None,
+) -> None:
+    """Segment whole cases on their native grids (NIfTI and .seg.nrrd)."""
+    chosen = load_config(config, settings or ())
+    from medsam_lora.stages.predict import predict as predict_cases
+
+    outcome = predict_cases(
+        manifest, options.data_root(manifest, root), run, out, chosen, boxes=boxes, split=split, device=device
+    )
+    options.finish(outcome, "predicted", out)
+
+
+def evaluate(
+    manifest: options.ManifestOption,
+    predictions: Annotated[Path, typer.Option("--predictions", metavar="DIR", help="What predict wrote.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of per_case.csv and summary.json.")],
+    root: options.RootOption = None,
+    boxes: options.BoxesOption = None,
+    split: options.SplitOption = None,
+    workers: options.WorkersOption = None,
+    config: options.ConfigOption = None,
+    settings: options.SetOption = None,
+) -> None:
+    """Score predictions per case and volume, beside the filled box."""
+    chosen = load_config(config, settings or ())
+    from medsam_lora.stages.evaluate import evaluate as evaluate_cases
+
+    _, outcome = evaluate_cases(
+        manifest,
+        options.data_root(manifest, root),
+        predictions,
+        out,
+        split=split,
+        boxes=boxes,
+        bootstrap=chosen.evaluate.bootstrap,
+        seed=chosen.evaluate.seed,
+        workers=options.processes(workers),
+    )
+    options.finish(outcome, "evaluated", out)

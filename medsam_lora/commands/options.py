@@ -1,0 +1,65 @@
+"""Options that several sub-commands share, said once, and what they print alike."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from medsam_lora.config import Config
+from medsam_lora.records import StageOutcome
+
+ManifestOption: TypeAlias = Annotated[Path, typer.Option("--manifest", metavar="M.csv", help="The manifest.")]
+RootOption: TypeAlias = Annotated[
+    Path | None, typer.Option("--root", metavar="DIR", help="Data root of the manifest's paths [its own folder].")
+]
+ConfigOption: TypeAlias = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE.yaml", help="Settings by section.")
+]
+SetOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting, over those of --config. Repeatable."),
+]
+WorkersOption: TypeAlias = Annotated[
+    int | None, typer.Option("--workers", metavar="N", min=1, help="Processes [one per CPU core].")
+]
+DeviceOption: TypeAlias = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto [CUDA where there is one].")
+]
+SplitOption: TypeAlias = Annotated[
+    str | None, typer.Option("--split", metavar="NAME", help="Only this split's cases: train, val or test.")
+]
+BoxesOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--boxes", metavar="FILE.csv", help="Box prompts (case_id,k,i0,j0,i1,j1) [from the reference]."),
+]
+
+
+def data_root(manifest: Path, root: Path | None) -> Path:
+    """The folder that the manifest's paths start from: `root`, else the manifest's own."""
+    return manifest.parent if root is None else root
+
+
+def max_bytes(config: Config) -> int:
+    """The cap of ``data.max_gib`` in bytes."""
+    return int(config.data.max_gib * 2**30)
+
+
+def processes(workers: int | None) -> int:
+    """The number of worker processes: `workers`, else one per CPU core that this process may use."""
+    if workers is not None:
+        return workers
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def finish(outcome: StageOutcome, verb: str, where: Path) -> None:
+    """Print what a stage did, its failures on standard error, and exit with its code."""
+    skipped = f", {len(outcome.skipped)} there already" if outcome.skipped else ""
+    typer.echo(f"{verb} {len(outcome.done)} cases{skipped}: {where}")
+    for finding in outcome.failed:
+        place = ": ".join(part for part in (finding.case_id, finding.file) if part)
+        remedy = f" Remedy: {finding.remedy}" if finding.remedy else ""
+        typer.echo(f"failed: {place}: {finding.detail}.{remedy}".replace("..", "."), err=True)
+    raise typer.Exit(outcome.exit_code)
