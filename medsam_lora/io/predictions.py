@@ -76,7 +76,7 @@ def prediction_path(folder: Path, case_id: str) -> Path | None:
 
 def predicted_cases(folder: Path) -> dict[str, Path]:
     """Every label map in the folder by the case id its name gives."""
-    found = {}
+    found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         suffix = next((s for s in _SUFFIXES if path.name.endswith(s)), None)
         if suffix and path.is_file():

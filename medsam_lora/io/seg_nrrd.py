@@ -173,7 +173,7 @@ def read_seg_nrrd(path: Path) -> tuple[np.ndarray, Geometry, list[Segment]]:
             # One byte more than there should be: it reaches the check sum, and a bomb does not inflate.
             raw = stream.read(int(np.prod(geometry.shape)) + 1)
         label_map = np.frombuffer(raw, np.uint8).reshape(geometry.shape, order="F")
-        segments = []
+        segments: list[Segment] = []
         while f"Segment{len(segments)}_ID" in fields:
             segments.append(_read_segment(fields, f"Segment{len(segments)}_"))
     except (UnicodeDecodeError, ValueError, KeyError, IndexError, OSError, EOFError, zlib.error) as error:

@@ -35,7 +35,7 @@ def test_counts_equal_a_loop_over_voxels():
     for density in (0.0, 0.1, 0.5, 1.0):
         reference = rng.random((5, 4, 3)) < density
         prediction = rng.random((5, 4, 3)) < 0.4
-        tally = {(r, p): 0 for r, p in itertools.product((False, True), repeat=2)}
+        tally = dict.fromkeys(itertools.product((False, True), repeat=2), 0)
         for voxel in np.ndindex(reference.shape):
             tally[bool(reference[voxel]), bool(prediction[voxel])] += 1
         found = count(reference, prediction)
@@ -62,9 +62,7 @@ def test_dice_and_iou_are_tied():
         assert overlap.dice(pair) == pytest.approx(2 * overlap.iou(pair) / (1 + overlap.iou(pair)))
 
 
-@pytest.mark.parametrize(
-    ("reference_voxels", "prediction_voxels", "expected"), [(0, 0, 1.0), (0, 3, 0.0), (3, 0, 0.0)]
-)
+@pytest.mark.parametrize(("reference_voxels", "prediction_voxels", "expected"), [(0, 0, 1.0), (0, 3, 0.0), (3, 0, 0.0)])
 def test_empty_masks(reference_voxels: int, prediction_voxels: int, expected: float):
     reference, prediction = np.zeros((2, 2, 2), bool), np.zeros((2, 2, 2), bool)
     reference.flat[:reference_voxels] = True
