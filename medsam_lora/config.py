@@ -5,7 +5,6 @@ The library itself takes plain arguments; only the stages and the command line r
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +12,19 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from medsam_lora.errors import ConfigError
+from medsam_lora.errors import ConfigError, nearest
 from medsam_lora.labels import MODALITIES
+
+__all__ = [
+    "Config",
+    "Section",
+    "apply_overrides",
+    "build_config",
+    "dump_config",
+    "load_config",
+    "load_yaml",
+    "nearest",
+]
 
 Modality = Literal["t1n", "t1c", "t2f", "t2w"]
 
@@ -281,12 +291,6 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 def dump_config(config: Config) -> str:
     """The whole configuration as YAML, from which `load_config` makes an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def nearest(name: str, known: Sequence[str]) -> str | None:
-    """The known name most like `name`, or None where none is near."""
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return found[0] if found else None
 
 
 def _number_aware(value: Any) -> Any:

@@ -6,6 +6,7 @@ Every error a user can cause names the case, the file and the remedy; the comman
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -97,3 +98,17 @@ class AdapterError(MedsamLoraError):
 
 class TrainingError(MedsamLoraError):
     """Training that cannot start, resume, or be trusted."""
+
+
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """The known name most like `name`, for a "did you mean", or None where none is near.
+
+    Examples
+    --------
+    >>> nearest("rnak", ["rank", "alpha"]), nearest("zzz", ["rank", "alpha"])
+    ('rank', None)
+    """
+    import difflib
+
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return found[0] if found else None

@@ -33,12 +33,12 @@ def show_config(
     settings: options.SetOption = None,
 ) -> None:
     """Print the effective configuration as YAML, or its schema."""
-    from medsam_lora.config import Config, dump_config, load_config
+    from medsam_lora.config import Config, dump_config
 
     if schema:
         typer.echo(json.dumps(Config.model_json_schema(), indent=2))
     else:
-        typer.echo(dump_config(load_config(config, settings or ())), nl=False)
+        typer.echo(dump_config(options.read_config(config, settings)), nl=False)
 
 
 @weights_app.command("list")
@@ -57,7 +57,7 @@ def weights_path(name: ModelName) -> None:
     """Print where the weights of a model are."""
     from medsam_lora.models.weights import locate
 
-    found = locate(_known(name))
+    found = locate(name)
     if found is None:
         raise WeightsError(f"the weights of {name} are not here", remedy=f"Run medsam-lora weights fetch {name}.")
     typer.echo(str(found))
@@ -68,18 +68,4 @@ def weights_fetch(name: ModelName) -> None:
     """Download the official weights of a model, unless they are here, and check their hash."""
     from medsam_lora.models.weights import fetch
 
-    typer.echo(str(fetch(_known(name))))
-
-
-def _known(name: str) -> str:
-    from medsam_lora.config import nearest
-    from medsam_lora.models import MODELS
-
-    official = [model for model, spec in MODELS.items() if spec.file_name is not None]
-    if name in official:
-        return name
-    if name in MODELS:
-        raise WeightsError(f"{name} has no official weights", remedy=f"Use one of {', '.join(official)}.")
-    guess = nearest(name, official)
-    hint = f"Did you mean {guess}? " if guess else ""
-    raise WeightsError(f"no model is called {name!r}", remedy=f"{hint}Known: {', '.join(official)}.")
+    typer.echo(str(fetch(name)))

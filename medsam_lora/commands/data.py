@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from medsam_lora.commands import options
-from medsam_lora.config import load_config
 from medsam_lora.errors import ConfigError
-from medsam_lora.records import Finding
+
+if TYPE_CHECKING:
+    from medsam_lora.records import Finding
 
 FINDINGS_SHOWN = 10
 
@@ -80,7 +81,7 @@ def verify(
     """Find every fault of every case; exit 2 where there is an error."""
     from medsam_lora.stages.verify import verify as verify_cases
 
-    chosen = load_config(config, settings or ())
+    chosen = options.read_config(config, settings)
     path = manifest or manifest_option
     if path is None:
         raise ConfigError("no manifest given", remedy="Write medsam-lora verify M.csv.")
@@ -110,7 +111,7 @@ def prepare(
     """Cut the cases into slices for training; skip what is there."""
     from medsam_lora.stages.prepare import prepare as prepare_cases
 
-    chosen = load_config(config, settings or ())
+    chosen = options.read_config(config, settings)
     store = out or Path("prepared")
     folder, outcome = prepare_cases(
         manifest, options.data_root(manifest, root), store, chosen, workers=options.processes(workers)

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from medsam_lora.commands import options
-from medsam_lora.config import load_config
 
 PreparedOption = Annotated[Path, typer.Option("--prepared", metavar="DIR", help="Root of the prepared store.")]
 RunOption = Annotated[Path, typer.Option("--run", metavar="DIR", help="The run folder (adapter, config, log).")]
@@ -28,7 +27,7 @@ def train(
     settings: options.SetOption = None,
 ) -> None:
     """Train the adaptation on the train split; Ctrl-C saves and stops."""
-    chosen = load_config(config, settings or ())
+    chosen = options.read_config(config, settings)
     from medsam_lora.stages.train import train as train_method
 
     record = train_method(manifest, prepared, run, chosen, device=device, resume=resume)
@@ -50,7 +49,7 @@ def predict(
     settings: options.SetOption = None,
 ) -> None:
     """Segment whole cases on their native grids (NIfTI and .seg.nrrd)."""
-    chosen = load_config(config, settings or ())
+    chosen = options.read_config(config, settings)
     from medsam_lora.stages.predict import predict as predict_cases
 
     outcome = predict_cases(
@@ -71,7 +70,7 @@ def evaluate(
     settings: options.SetOption = None,
 ) -> None:
     """Score predictions per case and volume, beside the filled box."""
-    chosen = load_config(config, settings or ())
+    chosen = options.read_config(config, settings)
     from medsam_lora.stages.evaluate import evaluate as evaluate_cases
 
     _, outcome = evaluate_cases(

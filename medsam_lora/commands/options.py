@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from medsam_lora.config import Config
-from medsam_lora.records import StageOutcome
+if TYPE_CHECKING:
+    from medsam_lora.config import Config
+    from medsam_lora.records import StageOutcome
 
 ManifestOption: TypeAlias = Annotated[Path, typer.Option("--manifest", metavar="M.csv", help="The manifest.")]
 RootOption: TypeAlias = Annotated[
@@ -35,6 +36,13 @@ BoxesOption: TypeAlias = Annotated[
     Path | None,
     typer.Option("--boxes", metavar="FILE.csv", help="Box prompts (case_id,k,i0,j0,i1,j1) [from the reference]."),
 ]
+
+
+def read_config(path: Path | None, settings: list[str] | None) -> Config:
+    """The settings of ``--config`` and ``--set``, checked whole before any work."""
+    from medsam_lora.config import load_config
+
+    return load_config(path, settings or ())
 
 
 def data_root(manifest: Path, root: Path | None) -> Path:
