@@ -132,7 +132,7 @@ def to_canonical(label_map: np.ndarray, convention: str) -> np.ndarray:
         found = ", ".join(f"{value} ({count} voxels)" for value, count in unexpected.items())
         raise DataError(
             f"label values {found} are not part of the convention {convention!r}",
-            remedy=_convention_hint(unexpected, convention),
+            remedy=_convention_hint(unexpected, convention, has_3=bool((label_map == 3).any())),
             code="unexpected_label",
         )
     canonical = np.zeros(label_map.shape, np.uint8)
@@ -141,8 +141,11 @@ def to_canonical(label_map: np.ndarray, convention: str) -> np.ndarray:
     return canonical
 
 
-def _convention_hint(unexpected: Mapping[int, int], convention: str) -> str:
+def _convention_hint(unexpected: Mapping[int, int], convention: str, *, has_3: bool) -> str:
     if set(unexpected) == {4} and convention == "brats2023":
+        if has_3:
+            # BraTS 2024 (post-treatment glioma) added a fourth label; calling that map brats2018 would lose its 3.
+            return "Labels 3 and 4 in one map are those of BraTS 2024, where 4 is the resection cavity: set 4 to 0."
         return (
             "Label 4 is enhancing tumour in the convention of BraTS 2018-2021: "
             "set label_convention to brats2018 in the manifest."
