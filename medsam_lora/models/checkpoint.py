@@ -73,7 +73,9 @@ def save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             path=path,
             remedy="Lower train.lr, raise train.warmup_share, or set train.clip_norm.",
         )
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     record = {**metadata, "package_version": __version__, "format_version": FORMAT_VERSION}
     record.pop(_HASH, None)
     try:

@@ -146,7 +146,7 @@ def build_fusion(name: str, modalities: Sequence[str]) -> Fusion:
     """
     if name not in FUSIONS:
         guess = nearest(name, list(FUSIONS))
-        hint = f"; did you mean {guess!r}?" if guess else ""
+        hint = f"; did you mean {guess}?" if guess else ""
         raise ConfigError(f"unknown fusion {name!r}{hint}", remedy=f"Choose one of {', '.join(FUSIONS)}.")
     if not modalities:
         raise ConfigError("no modality to fuse", remedy="Name one or more in data.modalities.")
