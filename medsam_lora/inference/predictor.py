@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from medsam_lora.io.store import PreparedSlices
 from medsam_lora.labels import region_mask
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.prompts.box import boxes_from_mask
+from medsam_lora.records import PreparedSlices
 from medsam_lora.transforms.intensity import zscore
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

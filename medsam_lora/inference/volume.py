@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from medsam_lora.geometry import place
-from medsam_lora.io.store import PreparedSlices
+from medsam_lora.records import PreparedSlices
 
 
 def to_native(masks: np.ndarray, case: PreparedSlices) -> np.ndarray:

@@ -106,9 +106,7 @@ def attach(model: nn.Module, config: MethodConfig, seed: int) -> Adaptation:
     AdapterError
         Where another adaptation is attached already.
     """
-    spec = METHODS.get(config.name)
-    if spec is None:
-        raise _unknown(config.name)
+    spec = method_spec(config.name)
     # torch and the method are imported here, so that listing the methods needs neither.
     import torch
 
@@ -116,9 +114,23 @@ def attach(model: nn.Module, config: MethodConfig, seed: int) -> Adaptation:
     return adaptation
 
 
-def _unknown(name: str) -> ConfigError:
+def method_spec(name: str) -> MethodSpec:
+    """The entry of a method.
+
+    Raises
+    ------
+    ConfigError
+        Where no method has this name; the nearest one is named.
+
+    Examples
+    --------
+    >>> method_spec("lora").mergeable
+    True
+    """
+    if name in METHODS:
+        return METHODS[name]
     from medsam_lora.config import nearest
 
     guess = nearest(name, list(METHODS))
-    hint = f"; did you mean {guess!r}?" if guess else ""
-    return ConfigError(f"unknown method {name!r}{hint}", remedy=f"Choose one of {', '.join(METHODS)}.")
+    hint = f"; did you mean {guess}?" if guess else ""
+    raise ConfigError(f"unknown method {name!r}{hint}", remedy=f"Set method.name to one of {', '.join(METHODS)}.")

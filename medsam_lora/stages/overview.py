@@ -20,7 +20,7 @@ from medsam_lora.labels import region_mask
 from medsam_lora.prompts.sources import fill_boxes, read_box_table
 from medsam_lora.records import CaseRecord
 from medsam_lora.stages.scoring import FLOOR
-from medsam_lora.transforms.stages import oriented_geometry
+from medsam_lora.transforms.orientation import oriented
 
 if TYPE_CHECKING:
     from medsam_lora.stages.run import Workplace
@@ -70,7 +70,7 @@ def _case_row(place: Workplace, record: CaseRecord, fold: str, labels: Sequence[
     case = read_case(record, place.root, place.pipeline.base.data.modalities, allow_missing=True)
     if case.label_map is None:
         return []
-    grid = oriented_geometry(case.geometry)
+    grid = oriented(case.geometry)
     reference = place_on(region_mask(case.label_map, "WT"), case.geometry, grid)
     k = int(reference.sum(axis=(0, 1)).argmax())
     shown = next(name for name in _PREFERRED if name in case.modalities)

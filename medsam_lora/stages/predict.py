@@ -26,12 +26,12 @@ from medsam_lora.io.tables import FINDING_COLUMNS, write_table
 from medsam_lora.models.assemble import choose_device, load_segmenter
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.progress import track
-from medsam_lora.prompts.sources import on_grid, read_box_table, reference_boxes, write_box_table
+from medsam_lora.prompts.sources import inside, on_grid, read_box_table, reference_boxes, write_box_table
 from medsam_lora.records import CaseRecord, CaseVolumes, Finding, SliceBox, StageOutcome
 from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.stages.train import ADAPTER_FILE
 from medsam_lora.training.loop import peak_memory_mib
-from medsam_lora.transforms.stages import PreparePlan, prepare_case
+from medsam_lora.transforms.stages import PreparePlan, crop_geometry, prepare_case
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,22 @@ def predict(
         int(config.data.max_gib * 2**30),
     )
     labels = {i + 1: region for i, region in enumerate(segmenter.regions)}
-    log = _Log(out, _identity(adapter, config.predict))
+    about = run_record() | {
+        "stage": "predict",
+        "run": run.name if run.is_dir() else run.stem,
+        "method": metadata["method"],
+        "method_options": metadata["method_options"],
+        "prompt_source": REFERENCE_BOX if boxes is None else BOX_TABLE,
+        "regions": list(segmenter.regions),
+        "labels": {str(value): region for value, region in labels.items()},
+        "modalities": list(segmenter.modalities),
+        "cases": [record.case_id for record in records],
+        "adapter_sha256": sha256_of(adapter),
+        "base_sha256": metadata["base_sha256"],
+        "predict": config.predict.model_dump(mode="json"),
+        "device": str(target),
+    }
+    log = _Log(out, _identity(adapter, config.predict), about)
     outcome = StageOutcome()
     for record in track(records, "predict"):
         mine = None if given is None else given.get(record.case_id, [])
@@ -122,26 +137,7 @@ def predict(
             continue
         log.add(record.case_id, key, used)
         outcome.done.append(record.case_id)
-    log.finish(
-        run_record()
-        | {
-            "stage": "predict",
-            "run": run.name if run.is_dir() else run.stem,
-            "method": metadata["method"],
-            "method_options": metadata["method_options"],
-            "prompt_source": REFERENCE_BOX if boxes is None else BOX_TABLE,
-            "regions": list(segmenter.regions),
-            "labels": {str(value): region for value, region in labels.items()},
-            "modalities": list(segmenter.modalities),
-            "cases": [record.case_id for record in records],
-            "adapter_sha256": sha256_of(adapter),
-            "base_sha256": metadata["base_sha256"],
-            "predict": config.predict.model_dump(mode="json"),
-            "device": str(target),
-            "duration_s": time.perf_counter() - started,
-            "peak_memory_mib": peak_memory_mib(target),
-        }
-    )
+    log.finish({"duration_s": time.perf_counter() - started, "peak_memory_mib": peak_memory_mib(target)})
     write_table(out / "failures.csv", FINDING_COLUMNS, [vars(f) for f in outcome.failed])
     return outcome
 
@@ -179,9 +175,7 @@ def native_masks(task: Task, case: CaseVolumes, boxes: Sequence[SliceBox]) -> np
     -------
     ndarray of bool, shape (R, X, Y, Z)
     """
-    # Where a slice lies is known only on the oriented grid, so the crop is asked for first, without slices.
-    grid = prepare_case(case, task.plan, []).crop
-    placed = on_grid(boxes, case.geometry, grid)
+    placed = on_grid(boxes, case.geometry, crop_geometry(case.geometry, task.plan))
     if boxes and not placed:
         raise DataError(
             "no box lies inside the crop",
@@ -201,7 +195,7 @@ def _boxes(case: CaseVolumes, given: Sequence[SliceBox] | None, task: Task) -> l
                 case_id=case.record.case_id,
                 remedy="Add its boxes, or take the case out of the manifest.",
             )
-        outside = [b for b in given if not _inside(b, case.geometry.shape)]
+        outside = [b for b in given if not inside(b, case.geometry)]
         if outside:
             b = outside[0]
             raise DataError(
@@ -220,17 +214,13 @@ def _boxes(case: CaseVolumes, given: Sequence[SliceBox] | None, task: Task) -> l
     return reference_boxes(case.label_map, case.geometry, "WT", task.kind, task.min_voxels)
 
 
-def _inside(box: SliceBox, shape: tuple[int, int, int]) -> bool:
-    x, y, z = shape
-    return 0 <= box.k < z and 0 <= box.i0 < box.i1 <= x and 0 <= box.j0 < box.j1 <= y
-
-
 class _Log:
     """What is done in a predictions folder, so that a second run does only what is missing."""
 
-    def __init__(self, out: Path, identity: str) -> None:
+    def __init__(self, out: Path, identity: str, record: dict[str, Any]) -> None:
         self.out = out
         self.identity = identity
+        self.record = record
         self.keys: dict[str, str] = {}
         self.boxes: dict[str, list[SliceBox]] = {}
         path = out / "record.json"
@@ -242,7 +232,8 @@ class _Log:
             if old.get("identity") == identity:
                 self.keys = dict(old.get("done", {}))
                 self.boxes = read_box_table(out / "prompts.csv")
-        self.record: dict[str, Any] = {}
+        # Before the first case: whoever reads half a folder must know what its labels mean.
+        self._write()
 
     def is_done(self, case_id: str, key: str) -> bool:
         return self.keys.get(case_id) == key and (self.out / f"{case_id}.nii.gz").is_file()
@@ -252,8 +243,8 @@ class _Log:
         self.boxes[case_id] = boxes
         self._write()
 
-    def finish(self, record: dict[str, Any]) -> None:
-        self.record = record
+    def finish(self, costs: dict[str, Any]) -> None:
+        self.record |= costs
         self._write()
 
     def _write(self) -> None:

@@ -18,11 +18,13 @@ from medsam_lora.errors import PreparedError, TrainingError
 from medsam_lora.inference.predictor import PredictOptions, validate_case
 from medsam_lora.io.files import write_bytes_atomically
 from medsam_lora.io.manifest import read_manifest
-from medsam_lora.io.store import PreparedSlices, open_store
+from medsam_lora.io.store import open_store
 from medsam_lora.io.tables import write_table
 from medsam_lora.models.assemble import adapter_metadata, build_segmenter, choose_device, load_segmenter
 from medsam_lora.models.checkpoint import save_adapter
 from medsam_lora.models.segmenter import Segmenter
+from medsam_lora.peft import method_spec
+from medsam_lora.records import PreparedSlices
 from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.training.dataset import PromptOptions, SliceDataset
 from medsam_lora.training.loop import LOG_COLUMNS, Trainer, peak_memory_mib
@@ -71,6 +73,7 @@ def train(
         Among others where the adapter read back from disk does not reproduce the validation Dice.
     """
     started = time.perf_counter()
+    method_spec(config.method.name)
     store = find_store(prepared)
     training, validation = split_cases(store, manifest)
     target = choose_device(device)

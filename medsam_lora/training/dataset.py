@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from medsam_lora.errors import TrainingError
-from medsam_lora.io.store import PreparedSlices
 from medsam_lora.labels import region_mask
 from medsam_lora.prompts.box import boxes_from_mask, jitter
+from medsam_lora.records import PreparedSlices
 from medsam_lora.transforms.augment import flip_left_right
 from medsam_lora.transforms.intensity import zscore
 from medsam_lora.transforms.resizing import model_scale

@@ -24,8 +24,8 @@ from torch import nn
 from medsam_lora.config import TrainConfig
 from medsam_lora.errors import TrainingError
 from medsam_lora.inference.predictor import PredictOptions, autocast, validate_case
-from medsam_lora.io.store import PreparedSlices
 from medsam_lora.models.segmenter import Segmenter
+from medsam_lora.records import PreparedSlices
 from medsam_lora.training.dataset import SliceDataset, epoch_order, plan_batches
 from medsam_lora.training.early_stopping import EarlyStopping
 from medsam_lora.training.losses import LossWeights, hard_iou, segmentation_loss

@@ -81,7 +81,7 @@ def test_the_sum_is_the_weighted_terms() -> None:
 
 def test_auxiliary_tokens_receive_gradient_but_do_not_count_as_the_prediction() -> None:
     logits = torch.zeros(1, 4, 5, 5, requires_grad=True)
-    iou = torch.zeros(1, 4, requires_grad=True)
+    iou = torch.full((1, 4), 0.5, requires_grad=True)
     target = torch.ones(1, 4, 5, 5)
     terms = segmentation_loss(logits, iou, target, [0], LossWeights())
     terms.total.backward()

@@ -1,0 +1,200 @@
+"""Every pipeline file is checked whole, and the main job runs from cohort to summary at toy size."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import yaml
+
+from medsam_lora.config import load_config
+from medsam_lora.errors import ConfigError, ManifestError
+from medsam_lora.io.tables import PER_CASE_COLUMNS, SUMMARY_COLUMNS
+from medsam_lora.peft import METHODS
+from medsam_lora.stages.pipeline import load_pipeline, parse_pipeline
+from medsam_lora.stages.run import run, run_file
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+PIPELINES = sorted((CHECKOUT / "pipelines").glob("*.yaml")) + [CHECKOUT / "medsam_lora" / "stages" / "demo.yaml"]
+
+TINY = {
+    "name": "tiny",
+    "phantom": {"cases": 6, "seed": 3, "shape": [48, 56, 20]},
+    "split": {"train": 0.5, "val": 0.2, "test": 0.3, "seed": 0},
+    "methods": [{"name": "zero_shot"}, {"name": "lora", "rank": 2}],
+    "model": {"name": "vit_nano", "weights": "random", "image_size": 64},
+    "train": {"epochs": 1, "slices_per_epoch": 8, "batch_size": 4, "lr": 1e-3},
+}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda p: p.name)
+def test_every_pipeline_file_is_valid(path: Path) -> None:
+    pipeline = load_pipeline(path)
+    assert pipeline.settings.description
+    assert all(method.config.method.name in METHODS for method in pipeline.methods)
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda p: p.name)
+def test_a_misspelt_key_names_the_right_one(path: Path) -> None:
+    data = yaml.safe_load(path.read_text())
+    with pytest.raises(ConfigError, match=r"train\.epoch\b.*did you mean train\.epochs"):
+        parse_pipeline({**data, "train": {**data["train"], "epoch": 3}})
+    with pytest.raises(ConfigError, match="unknown key method_s; did you mean methods"):
+        parse_pipeline({**data, "method_s": []})
+
+
+def test_settings_reach_every_method_and_win_over_the_file() -> None:
+    pipeline = parse_pipeline(TINY, ["train.epochs=7", "method.rank=5", "phantom.cases=4"])
+    assert [m.config.train.epochs for m in pipeline.methods] == [7, 7]
+    assert pipeline.methods[1].config.method.rank == 5
+    assert pipeline.settings.phantom is not None and pipeline.settings.phantom.cases == 4
+
+
+def test_a_method_name_chooses_among_the_methods() -> None:
+    assert [m.label for m in parse_pipeline(TINY, ["method.name=lora"]).methods] == ["lora"]
+    assert [m.label for m in parse_pipeline(TINY, ["method.name=full"]).methods] == ["full"]
+
+
+def test_an_entry_may_change_whole_sections_and_labels_must_differ() -> None:
+    entries = [{"name": "lora"}, {"name": "lora", "label": "lora_slow", "train": {"lr": 1e-5}}]
+    pipeline = parse_pipeline({**TINY, "methods": entries})
+    assert [m.config.train.lr for m in pipeline.methods] == [1e-3, 1e-5]
+    with pytest.raises(ConfigError, match="two methods are called 'lora'"):
+        parse_pipeline({**TINY, "methods": [{"name": "lora"}, {"name": "lora", "rank": 2}]})
+
+
+def test_an_unknown_method_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lora"):
+        run(parse_pipeline({**TINY, "methods": [{"name": "lorra"}]}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tiny") / "out"
+    assert run(parse_pipeline(TINY), out, device="cpu") == 0
+    return out
+
+
+def test_a_run_leaves_what_it_promises(finished: Path) -> None:
+    assert {p.name for p in (finished / "runs").iterdir()} == {"filled_box", "zero_shot", "lora"}
+    for method in ("zero_shot", "lora"):
+        folder = finished / "runs" / method
+        assert (folder / "adapter.safetensors").is_file() and (folder / "log.csv").is_file()
+        assert load_config(folder / "config.yaml").method.name == method
+        rows = read(folder / "per_case.csv")
+        assert list(rows[0]) == list(PER_CASE_COLUMNS)
+        assert {r["method"] for r in rows} == {method} and {r["prompt_source"] for r in rows} == {"reference_box"}
+    summary = read(finished / "summary.csv")
+    assert list(summary[0]) == list(SUMMARY_COLUMNS)
+    assert [r["method"] for r in summary] == ["filled_box", "zero_shot", "lora"]
+    assert (finished / "overview.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(p.name for p in (finished / "cohort").iterdir() if p.is_dir())
+    assert json.loads((finished / "run.json").read_text())["stage_seconds"]
+
+
+def test_the_summary_is_the_mean_of_the_cases(finished: Path) -> None:
+    for row in read(finished / "summary.csv"):
+        cases = read(finished / "runs" / row["method"] / "per_case.csv")
+        assert int(row["n_cases"]) == len(cases) > 0
+        assert float(row["dice_mean"]) == pytest.approx(np.mean([float(c["dice"]) for c in cases]), abs=1e-12)
+        assert float(row["dice_low"]) <= float(row["dice_mean"]) <= float(row["dice_high"])
+
+
+def test_predictions_stand_on_the_native_grid_of_the_test_cases(finished: Path) -> None:
+    test_cases = {r["case_id"]: r for r in read(finished / "manifest.csv") if r["split"] == "test"}
+    folder = finished / "runs" / "lora" / "predictions"
+    assert {p.name.removesuffix(".nii.gz") for p in folder.glob("*.nii.gz")} == set(test_cases)
+    for case_id, row in test_cases.items():
+        reference = nib.load(finished / "cohort" / row["seg"])
+        prediction = nib.load(folder / f"{case_id}.nii.gz")
+        assert prediction.shape == reference.shape
+        np.testing.assert_array_equal(prediction.affine, reference.affine)
+        assert prediction.get_data_dtype() == np.uint8
+        assert int(prediction.header["qform_code"]) > 0 and int(prediction.header["sform_code"]) > 0
+        np.testing.assert_allclose(prediction.get_qform(), reference.affine, atol=1e-5)
+        assert set(np.unique(np.asanyarray(prediction.dataobj))) <= {0, 1}
+
+
+def test_a_second_run_trains_and_predicts_nothing_again(finished: Path) -> None:
+    watched = [
+        finished / "runs" / "lora" / "adapter.safetensors",
+        *(finished / "runs" / "lora").glob("predictions/*.nii.gz"),
+    ]
+    before = {p: p.stat().st_mtime_ns for p in watched}
+    assert run(parse_pipeline(TINY), finished, device="cpu") == 0
+    assert {p: p.stat().st_mtime_ns for p in watched} == before
+
+
+def test_from_a_stage_does_that_stage_and_the_later_ones_only(finished: Path) -> None:
+    adapter = finished / "runs" / "lora" / "adapter.safetensors"
+    before = adapter.stat().st_mtime_ns
+    (finished / "summary.csv").unlink()
+    assert run(parse_pipeline(TINY), finished, start="evaluate", device="cpu") == 0
+    assert (finished / "summary.csv").is_file() and adapter.stat().st_mtime_ns == before
+    with pytest.raises(ManifestError, match="--from takes one of"):
+        run(parse_pipeline(TINY), finished, start="pepare", device="cpu")
+
+
+def test_a_broken_case_is_listed_and_the_rest_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(parse_pipeline(TINY, ["pipeline.stages=[verify]"]), out, device="cpu") == 0
+    victim = sorted((out / "cohort").iterdir())[0]
+    path = next(victim.glob("*-t1c.nii.gz"))
+    path.write_bytes(path.read_bytes()[:2000])
+    cohort = {**TINY, "phantom": None, "root": str(out / "cohort"), "methods": [{"name": "zero_shot"}]}
+    assert run(parse_pipeline(cohort), tmp_path / "second", device="cpu") == 1
+    failures = read(tmp_path / "second" / "failures.csv")
+    assert {f["case_id"] for f in failures} == {victim.name}
+    assert victim.name not in {r["case_id"] for r in read(tmp_path / "second" / "manifest.csv")}
+    assert (tmp_path / "second" / "summary.csv").is_file()
+
+
+def test_folds_score_every_case_once_by_a_model_that_did_not_see_it(tmp_path: Path) -> None:
+    data = {**TINY, "folds": 3, "methods": [{"name": "lora", "rank": 2}], "train": {**TINY["train"], "select": "last"}}
+    out = tmp_path / "out"
+    assert run(parse_pipeline(data), out, device="cpu") == 0
+    rows = read(out / "runs" / "lora" / "per_case.csv")
+    cases = [r["case_id"] for r in read(out / "manifest.csv")]
+    assert sorted(r["case_id"] for r in rows) == sorted(cases)
+    for f in range(3):
+        dealt = read(out / "folds" / f"fold{f}.csv")
+        trained = {r["patient_id"] for r in dealt if r["split"] == "train"}
+        scored = {r["patient_id"] for r in rows if r["run"] == f"lora/fold{f}"}
+        assert scored and not trained & scored
+    assert {r["fold"] for r in read(out / "runs" / "lora" / "log.csv")} == {"fold0", "fold1", "fold2"}
+
+
+def test_the_thesis_setting_runs_at_tiny_size(tmp_path: Path) -> None:
+    """Its own file, its own stages and crop; only the cohort, the model and the amount of work are small."""
+    path = tmp_path / "men.yaml"
+    data = yaml.safe_load((CHECKOUT / "pipelines" / "brats_men_lora.yaml").read_text())
+    path.write_text(yaml.safe_dump({**data, "phantom": {"cases": 8, "shape": [120, 120, 16]}}))
+    settings = [
+        "model.name=vit_nano",
+        "model.weights=random",
+        "model.image_size=64",
+        "method.rank=4",
+        "train.epochs=1",
+        "train.amp=none",
+        "predict.amp=none",
+    ]
+    assert run_file(path, settings, tmp_path / "out", device="cpu") == 0
+    assert [r["method"] for r in read(tmp_path / "out" / "summary.csv")] == [
+        "filled_box",
+        "zero_shot",
+        "decoder_only",
+        "lora",
+        "lora_frozen_decoder",
+    ]
+    store = next((tmp_path / "out" / "prepared").glob("*/plan.json"))
+    assert json.loads(store.read_text())["crop"]["size"] == [138, 202]
