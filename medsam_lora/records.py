@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +71,49 @@ class CaseVolumes:
     image: np.ndarray
     label_map: np.ndarray | None
     geometry: Geometry
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedSlices:
+    """Transverse slices of a case, oriented and cropped, the voxels as in the file (the z-score is applied at load).
+
+    Parameters
+    ----------
+    case_id, patient_id, split : str
+    modalities : tuple of str
+        Channel order of `image`.
+    image : ndarray of int16 or float32, shape (N, M, X, Y)
+        Raw voxels; a read-only memory map where it comes from a store.
+    label : ndarray of uint8, shape (N, X, Y), or None
+        Canonical labels; None where the case has no reference.
+    ks : tuple of int
+        Of every slice, its index along Z of `crop`, ascending.
+    mean, std : ndarray of float64, shape (N, M)
+        What `transforms.intensity.zscore` subtracts and divides by.
+    voxels : str
+        A key of `transforms.NORMALISATIONS`.
+    native : Geometry
+        The grid of the files.
+    crop : Geometry
+        The whole oriented and cropped volume; slice `n` stands at ``crop.at_slice(ks[n])``.
+    report : mapping of str to int or None
+        ``brain_voxels``, ``brain_voxels_lost``, ``tumour_voxels``, ``tumour_voxels_lost``: over the whole volume,
+        lost to the crop; those of tumour None where the case has no reference.
+    """
+
+    case_id: str
+    patient_id: str
+    split: str
+    modalities: tuple[str, ...]
+    image: np.ndarray
+    label: np.ndarray | None
+    ks: tuple[int, ...]
+    mean: np.ndarray
+    std: np.ndarray
+    voxels: str
+    native: Geometry
+    crop: Geometry
+    report: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
