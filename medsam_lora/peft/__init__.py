@@ -58,7 +58,7 @@ METHODS: Final[Mapping[str, MethodSpec]] = {
     "decoder_only": MethodSpec(
         "decoder_only",
         "the whole mask decoder; the image encoder stays frozen, so its embeddings can be cached",
-        "Ma et al. 2024, MedSAM, arXiv 2304.12306 (decoder fine-tuning)",
+        "Ma et al. 2023, MedSAM, arXiv 2304.12306v1",
         True,
         "medsam_lora.peft.decoder_only",
     ),

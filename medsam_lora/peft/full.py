@@ -1,7 +1,7 @@
 """Train the whole image encoder and mask decoder.
 
 The prompt encoder stays frozen: a box prompt uses two of its embeddings only, and MedSAM, whose recipe this is, keeps
-them too (arXiv 2304.12306, "Training protocol"). Running statistics of BatchNorm (TinyViT) are buffers, not
+it frozen too (arXiv 2304.12306). Running statistics of BatchNorm (TinyViT) are buffers, not
 parameters: they are neither trained nor saved, and the encoder keeps BatchNorm in evaluation mode.
 
 The base values are kept beside the trained ones (twice the weight memory), since `disable` and `detach` need them.

@@ -1,0 +1,58 @@
+"""The methods on the project's own models, through their own forward with several boxes per image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from toy_sam import toy_batch
+
+from medsam_lora.config import MethodConfig
+from medsam_lora.models.sam import SamModel, build
+from medsam_lora.peft import METHODS, attach
+
+SIZE = 64
+
+
+def fresh(name: str) -> SamModel:
+    return build(name, weights="random", image_size=SIZE)
+
+
+@torch.no_grad()
+def outputs(model: SamModel) -> Tensor:
+    pixels, boxes, _ = toy_batch(3)
+    logits, iou = model(pixels[:2], boxes, [2, 1])
+    return torch.cat([logits.flatten(), iou.flatten()])
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("model_name", ["vit_nano", "vit_t"])
+def test_start_disable_merge_and_detach(model_name: str, name: str) -> None:
+    model = fresh(model_name)
+    base = outputs(model)
+    keys = list(model.state_dict())
+    adaptation = attach(model, MethodConfig(name=name), 0)
+    assert torch.equal(outputs(model), base)
+    generator = torch.Generator().manual_seed(0)
+    moved = {k: v + 0.02 * torch.randn(v.shape, generator=generator) for k, v in adaptation.state().items()}
+    adaptation.load(moved)
+    adapted = outputs(model)
+    assert torch.equal(adapted, base) is (name == "zero_shot")
+    with adaptation.disable():
+        assert torch.equal(outputs(model), base)
+    other = fresh(model_name)
+    merged = adaptation.merge()
+    assert list(merged) == keys
+    other.load_state_dict(merged)
+    assert torch.allclose(outputs(other), adapted, rtol=0, atol=1e-4 * adapted.abs().max().item())
+    adaptation.detach()
+    assert torch.equal(outputs(model), base)
+
+
+def test_lora_leaves_the_neck_and_the_convolutions_of_vit_t_alone() -> None:
+    model = fresh("vit_t")
+    adaptation = attach(model, MethodConfig(name="lora", rank=4, decoder="frozen"), 0)
+    # q and v of two blocks of 128, six of 160 and two of 320 features, A and B of rank 4: 2 * 2 * 4 * 1,856.
+    assert adaptation.report.count == 29_696
+    parents = {tensor.name.rsplit(".", 2)[0] for tensor in adaptation.report.tensors}
+    assert parents == {f"image_encoder.{site.qkv}" for site in model.image_encoder.attention_sites()}
