@@ -1,13 +1,12 @@
 """What every method promises: the `Adaptation` that `attach` returns.
 
-A method is a list of `Edit`: places of the model where one object (a parameter, or a small module such as a Linear)
-is exchanged for a trainable one. The base object is kept, untouched, so that taking the edits back gives the base
-model bit for bit, by exchanging references and never by arithmetic on weights.
+A method is a list of `Edit` (see `edits`), and an `Adaptation` does with them all that a user asks of a method: freeze
+the rest, report, save, load, merge, disable, detach.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,50 +15,9 @@ from torch import Tensor, nn
 
 from medsam_lora.config import MethodConfig
 from medsam_lora.errors import AdapterError
+from medsam_lora.peft.edits import Edit
 
 _MARK = "_medsam_lora_adaptation"
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One exchange.
-
-    Parameters
-    ----------
-    path : str
-        Dotted name within the model of what is exchanged.
-    base, adapted : Parameter or Module
-        What stood there and what stands there while the adaptation is enabled. An adapted module may hold the base's
-        own parameters, frozen, beside its new ones; it must keep the base's names for them, so that a state dict does
-        not depend on the wrapping. Where its effect can be written into the base's tensors it has a method
-        ``merged_state() -> dict[str, Tensor]`` that returns them.
-    group : str
-        Which learning rate its tensors get: ``encoder`` or ``decoder``.
-    """
-
-    path: str
-    base: nn.Parameter | nn.Module
-    adapted: nn.Parameter | nn.Module
-    group: str
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The new parameters by dotted name within the model."""
-        if isinstance(self.adapted, nn.Parameter):
-            return {self.path: self.adapted}
-        kept = {id(p) for p in _parameters(self.base)}
-        return {f"{self.path}.{name}": p for name, p in self.adapted.named_parameters() if id(p) not in kept}
-
-    @property
-    def mergeable(self) -> bool:
-        """Whether the base's own tensors can have the adapted object's effect."""
-        return isinstance(self.adapted, nn.Parameter) or hasattr(self.adapted, "merged_state")
-
-    def merged(self) -> dict[str, Tensor]:
-        """Values for the base's tensors, by dotted name within the model, that have the adapted object's effect."""
-        if isinstance(self.adapted, nn.Parameter):
-            return {self.path: self.adapted.detach()}
-        merged_state: Callable[[], dict[str, Tensor]] = getattr(self.adapted, "merged_state")  # noqa: B009
-        return {f"{self.path}.{name}": tensor for name, tensor in merged_state().items()}
 
 
 @dataclass(frozen=True)
@@ -269,7 +227,7 @@ class Adaptation:
                 f"method {other.name} is attached to this model already", remedy="Detach it first: adaptation.detach()."
             )
         for edit in self._edits:
-            if _look_up(self.model, edit.path) is not edit.base:
+            if edit.current(self.model) is not edit.base:
                 raise AdapterError(f"{edit.path} is not what method {self.name} was made for")
         self._base_flags = [(p, p.requires_grad) for p in self.model.parameters()]
         for parameter, _ in self._base_flags:
@@ -285,46 +243,9 @@ class Adaptation:
 
     def _exchange(self, *, enable: bool) -> None:
         for edit in self._edits:
-            leaving, entering = (edit.base, edit.adapted) if enable else (edit.adapted, edit.base)
-            _follow(leaving, entering)
-            owner, _, leaf = edit.path.rpartition(".")
-            setattr(self.model.get_submodule(owner), leaf, entering)
+            edit.exchange(self.model, enable=enable)
 
 
 def attached_to(model: nn.Module) -> Adaptation | None:
     """The adaptation attached to a model, if any."""
     return getattr(model, _MARK, None)
-
-
-def train_whole(model: nn.Module, part: str, group: str) -> list[Edit]:
-    """Edits that train every parameter of one part of the model, starting from the base values.
-
-    Parameters
-    ----------
-    model : Module
-    part : str
-        Dotted name of a submodule.
-    group : str
-    """
-    return [
-        Edit(f"{part}.{name}", parameter, nn.Parameter(parameter.detach().clone()), group)
-        for name, parameter in model.get_submodule(part).named_parameters()
-    ]
-
-
-def _look_up(model: nn.Module, path: str) -> object:
-    owner, _, leaf = path.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)
-
-
-def _parameters(item: nn.Parameter | nn.Module) -> list[nn.Parameter]:
-    return [item] if isinstance(item, nn.Parameter) else list(item.parameters())
-
-
-def _follow(leaving: nn.Parameter | nn.Module, entering: nn.Parameter | nn.Module) -> None:
-    # The one that was not part of the model has missed model.to(device) and model.eval().
-    for parameter in _parameters(leaving)[:1]:
-        # Module.to moves parameters and their gradients in place, so that an optimiser still knows them.
-        nn.ParameterList(_parameters(entering)).to(parameter.device)
-    if isinstance(leaving, nn.Module) and isinstance(entering, nn.Module):
-        entering.train(leaving.training)

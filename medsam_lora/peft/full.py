@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from medsam_lora.config import MethodConfig
-from medsam_lora.peft.contract import Adaptation, train_whole
+from medsam_lora.peft.contract import Adaptation
+from medsam_lora.peft.edits import train_whole
 
 
 def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -> Adaptation:

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from medsam_lora.config import MethodConfig
 from medsam_lora.errors import AdapterError, ConfigError
-from medsam_lora.peft.contract import Adaptation, Edit, train_whole
+from medsam_lora.peft.contract import Adaptation
+from medsam_lora.peft.edits import Edit, train_whole
 from medsam_lora.peft.sites import AttentionSite, MlpSite, Projection, attention_sites, mlp_sites, select_blocks
 
 _PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v")

@@ -8,7 +8,8 @@ from toy_sam import predict, toy_batch, toy_sam
 from medsam_lora.config import MethodConfig
 from medsam_lora.errors import AdapterError, ConfigError
 from medsam_lora.peft import attach
-from medsam_lora.peft.contract import Adaptation, Edit, attached_to, train_whole
+from medsam_lora.peft.contract import Adaptation, attached_to
+from medsam_lora.peft.edits import Edit, train_whole
 
 CONFIG = MethodConfig(name="decoder_only")
 
