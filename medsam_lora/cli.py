@@ -32,8 +32,8 @@ class _Commands(TyperGroup):
         # Versions of typer differ in what an interrupt exits with.
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
+        except KeyboardInterrupt as stop:
+            typer.echo(str(stop) or "interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
 

@@ -13,7 +13,7 @@ from medsam_lora.commands import options
 from medsam_lora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from medsam_lora.records import Finding
+    from medsam_lora.records import CaseRecord, Finding
 
 FINDINGS_SHOWN = 10
 
@@ -34,12 +34,12 @@ def manifest_build(
     test: Share = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the splits.")] = 0,
 ) -> None:
-    """Discover BraTS cases under ROOT and write the manifest, split by patient where shares are given."""
+    """Discover BraTS cases under ROOT and write their manifest, split by patient."""
     from medsam_lora.stages.manifest import build_manifest
 
     shares = {"train": train, "val": val, "test": test}
-    build_manifest(root, out, {name: share for name, share in shares.items() if share is not None}, seed)
-    typer.echo(_manifest_summary(out))
+    records = build_manifest(root, out, {name: share for name, share in shares.items() if share is not None}, seed)
+    typer.echo(_manifest_summary(records, out))
 
 
 @manifest_app.command("export")
@@ -63,8 +63,7 @@ def manifest_import(
     """Read an MSD (decathlon) datalist into a manifest, labels by name."""
     from medsam_lora.stages.manifest import import_datalist
 
-    import_datalist(datalist, out, root)
-    typer.echo(_manifest_summary(out))
+    typer.echo(_manifest_summary(import_datalist(datalist, out, root), out))
 
 
 def verify(
@@ -88,7 +87,7 @@ def verify(
     table = out or path.parent / "findings.csv"
     findings = verify_cases(
         path,
-        options.data_root(path, root),
+        root,
         table,
         workers=options.processes(workers),
         max_bytes=options.max_bytes(chosen),
@@ -113,9 +112,7 @@ def prepare(
 
     chosen = options.read_config(config, settings)
     store = out or Path("prepared")
-    folder, outcome = prepare_cases(
-        manifest, options.data_root(manifest, root), store, chosen, workers=options.processes(workers)
-    )
+    folder, outcome = prepare_cases(manifest, root, store, chosen, workers=options.processes(workers))
     options.finish(outcome, "prepared", folder)
 
 
@@ -139,11 +136,8 @@ def findings_summary(findings: Sequence[Finding], table: Path) -> str:
     return "\n".join([*(lines or ["no faults found"]), f"all findings: {table}"])
 
 
-def _manifest_summary(path: Path) -> str:
-    from medsam_lora.io.manifest import read_manifest
-
-    records = read_manifest(path)
+def _manifest_summary(records: Sequence[CaseRecord], path: Path) -> str:
     splits = Counter(record.split or "no split" for record in records)
     listed = ", ".join(f"{name} {count}" for name, count in splits.items())
     patients = len({record.patient_id for record in records})
-    return f"{len(records)} cases of {patients} patients ({listed}): {path}"
+    return f"{options.cases(len(records))}, {patients} patients ({listed}): {path}"

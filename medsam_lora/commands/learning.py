@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -52,9 +53,7 @@ def predict(
     chosen = options.read_config(config, settings)
     from medsam_lora.stages.predict import predict as predict_cases
 
-    outcome = predict_cases(
-        manifest, options.data_root(manifest, root), run, out, chosen, boxes=boxes, split=split, device=device
-    )
+    outcome = predict_cases(manifest, root, run, out, chosen, boxes=boxes, split=split, device=device)
     options.finish(outcome, "predicted", out)
 
 
@@ -71,11 +70,12 @@ def evaluate(
 ) -> None:
     """Score predictions per case and volume, beside the filled box."""
     chosen = options.read_config(config, settings)
+    from medsam_lora.io.tables import SUMMARY_COLUMNS, read_table
     from medsam_lora.stages.evaluate import evaluate as evaluate_cases
 
     _, outcome = evaluate_cases(
         manifest,
-        options.data_root(manifest, root),
+        root,
         predictions,
         out,
         split=split,
@@ -84,4 +84,14 @@ def evaluate(
         seed=chosen.evaluate.seed,
         workers=options.processes(workers),
     )
+    for row in read_table(out / "summary.csv", SUMMARY_COLUMNS):
+        typer.echo(_summary_line(row))
+    for finding in outcome.failed:
+        typer.echo(f"failed: {finding.case_id}: {finding.detail}", err=True)
     options.finish(outcome, "evaluated", out)
+
+
+def _summary_line(row: Mapping[str, str]) -> str:
+    mean, low, high = (float(row[key]) if row[key] else float("nan") for key in ("dice_mean", "dice_low", "dice_high"))
+    of = options.cases(int(row["n_cases"]))
+    return f"{row['method']:<14}{row['region']:<4}Dice {mean:.3f} (95 % {low:.3f} to {high:.3f}) over {of}"

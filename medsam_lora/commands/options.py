@@ -45,11 +45,6 @@ def read_config(path: Path | None, settings: list[str] | None) -> Config:
     return load_config(path, settings or ())
 
 
-def data_root(manifest: Path, root: Path | None) -> Path:
-    """The folder that the manifest's paths start from: `root`, else the manifest's own."""
-    return manifest.parent if root is None else root
-
-
 def max_bytes(config: Config) -> int:
     """The cap of ``data.max_gib`` in bytes."""
     return int(config.data.max_gib * 2**30)
@@ -63,11 +58,19 @@ def processes(workers: int | None) -> int:
 
 
 def finish(outcome: StageOutcome, verb: str, where: Path) -> None:
-    """Print what a stage did, its failures on standard error, and exit with its code."""
+    """Print what a stage did and where, and exit with its code."""
     skipped = f", {len(outcome.skipped)} there already" if outcome.skipped else ""
-    typer.echo(f"{verb} {len(outcome.done)} cases{skipped}: {where}")
-    for finding in outcome.failed:
-        place = ": ".join(part for part in (finding.case_id, finding.file) if part)
-        remedy = f" Remedy: {finding.remedy}" if finding.remedy else ""
-        typer.echo(f"failed: {place}: {finding.detail}.{remedy}".replace("..", "."), err=True)
+    failed = f", {len(outcome.failed)} failed (failures.csv)" if outcome.failed else ""
+    typer.echo(f"{verb} {cases(len(outcome.done))}{skipped}{failed}: {where}")
     raise typer.Exit(outcome.exit_code)
+
+
+def cases(count: int) -> str:
+    """A number of cases in words.
+
+    Examples
+    --------
+    >>> cases(1), cases(0)
+    ('1 case', '0 cases')
+    """
+    return f"{count} case{'' if count == 1 else 's'}"

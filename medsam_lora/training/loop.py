@@ -55,7 +55,7 @@ LOG_COLUMNS = (
 ALL_TOKENS = (0, 1, 2, 3)
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Training was stopped by Ctrl-C; its state is saved."""
 
 
