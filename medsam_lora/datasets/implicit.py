@@ -29,7 +29,16 @@ def ellipsoid(
 def capsule(
     p: Sequence[np.ndarray], start: Sequence[float], end: Sequence[float], first_mm: float, last_mm: float
 ) -> np.ndarray:
-    """Depth inside a tube whose radius goes from `first_mm` to `last_mm`."""
+    """Depth inside a tube whose radius goes from `first_mm` at `start` to `last_mm` at `end`.
+
+    Parameters
+    ----------
+    p : sequence of ndarray
+        Coordinates of the points along each axis, in mm.
+    start, end : sequence of float, (x, y, z)
+        Ends of the tube's axis, in mm.
+    first_mm, last_mm : float
+    """
     a, b = np.asarray(start, np.float32), np.asarray(end, np.float32)
     along = b - a
     share = sum((p[axis] - a[axis]) * along[axis] for axis in range(3)) / np.float32(along @ along)

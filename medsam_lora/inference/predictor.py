@@ -106,6 +106,17 @@ def validate_case(
 
     The store holds every slice of validation cases that shows tumour, so with reference boxes this is the Dice over
     the whole volume; tumour voxels that the crop cut off count as missed.
+
+    Parameters
+    ----------
+    segmenter : Segmenter
+    case : PreparedSlices
+        With its label.
+    kind : str
+        ``union`` or ``per_component``.
+    min_voxels : int
+        Components smaller than this get no box.
+    options : PredictOptions
     """
     assert case.label is not None
     label = np.asarray(case.label)

@@ -77,6 +77,14 @@ def adapter_metadata(
     """What an adapter file says of itself: enough to rebuild the segmenter and to refuse a wrong base.
 
     The caller adds what it knows of data and training (crop, normalisation, prompts).
+
+    Parameters
+    ----------
+    segmenter : Segmenter
+    model, method, fusion : Section
+        The settings it was built from.
+    seed : int
+        That of the adaptation.
     """
     return {
         "package_version": __version__,

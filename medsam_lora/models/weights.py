@@ -213,6 +213,8 @@ def check_state(
         A checkpoint, and the model's own state dict.
     dropped : iterable of str
         Names the checkpoint may hold besides; exactly these.
+    path : Path, optional
+        The checkpoint's file, for messages.
 
     Raises
     ------

@@ -39,7 +39,16 @@ def flip_left_right(image: Any, mask: Any, boxes: np.ndarray) -> tuple[Any, Any,
 def random_flip(
     image: Any, mask: Any, boxes: np.ndarray, generator: np.random.Generator, probability: float = 0.5
 ) -> tuple[Any, Any, np.ndarray]:
-    """`flip_left_right` with the given probability; one number is drawn from `generator` in any case."""
+    """`flip_left_right` with some probability.
+
+    Parameters
+    ----------
+    image, mask, boxes
+        As `flip_left_right` takes them.
+    generator : Generator
+        One number is drawn from it in any case.
+    probability : float
+    """
     if generator.random() < probability:
         return flip_left_right(image, mask, boxes)
     return image, mask, boxes
