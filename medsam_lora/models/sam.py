@@ -133,12 +133,13 @@ class SamModel(nn.Module):
         """
         counts = [1] * len(embedding) if counts is None else list(counts)
         n_prompts = len(embedding) if boxes is None else len(boxes)
-        if len(counts) != len(embedding) or sum(counts) != n_prompts or (boxes is None and set(counts) > {1}):
+        each_one = all(count == 1 for count in counts)
+        if len(counts) != len(embedding) or sum(counts) != n_prompts or (boxes is None and not each_one):
             raise ValueError(f"{n_prompts} prompts, counted {counts}, do not fit {len(embedding)} images")
         sparse, dense, positions = self._encode_prompts(boxes)
         if boxes is None:
             sparse = sparse.expand(n_prompts, -1, -1)
-        if any(count != 1 for count in counts):
+        if not each_one:
             embedding = embedding.repeat_interleave(torch.tensor(counts, device=embedding.device), dim=0)
         return self._predict_masks(embedding + dense, positions, sparse)
 

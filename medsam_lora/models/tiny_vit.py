@@ -44,6 +44,10 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     With one patient per batch, batch statistics would make a slice's mask depend on the slices beside it.
     """
 
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.training = False  # modules are born in training
+
     def train(self, mode: bool = True) -> FrozenBatchNorm2d:
         """Stay in eval, whatever `mode` says."""
         super().train(False)
