@@ -65,7 +65,7 @@ def weights_path(name: ModelName) -> None:
 
 @weights_app.command("fetch")
 def weights_fetch(name: ModelName) -> None:
-    """Download the official weights of a model, unless they are here, and check their hash."""
+    """Download the weights of a model, unless here; check their hash."""
     from medsam_lora.models.weights import fetch
 
     typer.echo(str(fetch(name)))

@@ -34,7 +34,7 @@ def manifest_build(
     test: Share = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the splits.")] = 0,
 ) -> None:
-    """Discover BraTS cases under ROOT and write their manifest, split by patient."""
+    """Find BraTS cases under ROOT; write their manifest, split by patient."""
     from medsam_lora.stages.manifest import build_manifest
 
     shares = {"train": train, "val": val, "test": test}
@@ -137,7 +137,7 @@ def findings_summary(findings: Sequence[Finding], table: Path) -> str:
 
 
 def _manifest_summary(records: Sequence[CaseRecord], path: Path) -> str:
-    splits = Counter(record.split or "no split" for record in records)
-    listed = ", ".join(f"{name} {count}" for name, count in splits.items())
+    counts = Counter(record.split for record in records)
+    listed = ", ".join(f"{name or 'no split'} {counts[name]}" for name in ("train", "val", "test", "") if counts[name])
     patients = len({record.patient_id for record in records})
-    return f"{options.cases(len(records))}, {patients} patients ({listed}): {path}"
+    return f"{options.cases(len(records))} of {patients} patients ({listed}): {path}"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from medsam_lora.io.datalist import read_datalist, write_datalist
-from medsam_lora.io.manifest import SPLITS, assign_splits, discover, read_manifest, write_manifest
+from medsam_lora.io.manifest import assign_splits, discover, read_manifest, write_manifest
 from medsam_lora.records import CaseRecord
 
 _log = logging.getLogger(__name__)
@@ -54,8 +53,6 @@ def build_manifest(root: Path, out: Path, fractions: Mapping[str, float], seed: 
         new = sorted({record.patient_id for record in records} - {record.patient_id for record in known.values()})
         _log.info("%s: patients known already keep their splits; dealt anew: %s", out, ", ".join(new) or "none")
     write_manifest(out, records)
-    counts = Counter(record.split for record in records)
-    _log.info("%s: %s", out, ", ".join(f"{name} {counts[name]}" for name in SPLITS))
     return records
 
 
