@@ -84,7 +84,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_FILE
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise PreparedError("the case is not prepared", path=folder, remedy="Run medsam-lora prepare.") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise PreparedError("the index is damaged", path=path, remedy=_REMEDY) from error

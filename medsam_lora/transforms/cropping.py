@@ -198,15 +198,16 @@ def crop_plane(array: np.ndarray, start: Sequence[int], stop: Sequence[int]) -> 
     >>> crop_plane(np.array([[[1], [2]], [[3], [4]]]), (1, -1), (2, 2))[..., 0].tolist()
     [[0, 3, 4]]
     """
-    plane = array.shape[-3:-1]
-    rows, columns = (slice(max(a, 0), max(min(b, n), 0)) for a, b, n in zip(start, stop, plane, strict=True))
-    kept = array[..., rows, columns, :]
-    before = [max(-a, 0) for a in start]
-    after = [b - a - low - n for a, b, low, n in zip(start, stop, before, kept.shape[-3:-1], strict=True)]
-    if not any(before) and not any(after):
+    low = [max(a, 0) for a in start]
+    high = [max(min(b, n), a) for b, n, a in zip(stop, array.shape[-3:-1], low, strict=True)]
+    kept = array[..., low[0] : high[0], low[1] : high[1], :]
+    if low == list(start) and high == list(stop):
         return kept
-    widths = [(0, 0)] * (array.ndim - 3) + list(zip(before, after, strict=True)) + [(0, 0)]
-    return np.pad(kept, widths)
+    padded = np.zeros((*array.shape[:-3], stop[0] - start[0], stop[1] - start[1], array.shape[-1]), array.dtype)
+    # Where the overlap begins in the window; its extent is that of what was kept, which may be nothing.
+    i, j = low[0] - start[0], low[1] - start[1]
+    padded[..., i : i + kept.shape[-3], j : j + kept.shape[-2], :] = kept
+    return padded
 
 
 def voxels_lost(mask: np.ndarray, start: Sequence[int], stop: Sequence[int]) -> int:

@@ -8,12 +8,16 @@ proportion, and zeros are added at the bottom (rows = X) and right (columns = Y)
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 Plane = tuple[int, int]
+
+PIXELS_PER_GRID_CELL: Final = 4
+"""SAM's encoder takes patches of 16 pixels, and its mask decoder enlarges their grid fourfold."""
 
 
 def model_scale(shape: Plane, image_size: int) -> tuple[float, Plane]:
@@ -121,6 +125,27 @@ def to_native_frame(logits: Tensor, image_size: int, shape: Plane) -> Tensor:
         left = _two_resizes(logits.shape[-2], image_size, rows, shape[0]).to(logits.device)
         right = _two_resizes(logits.shape[-1], image_size, columns, shape[1]).to(logits.device)
         return left @ logits.float() @ right.T
+
+
+def through_decoder_grid(masks: Tensor, image_size: int) -> Tensor:
+    """The best that a mask decoder can say of these masks: what its grid of S / 4 pixels leaves of them.
+
+    The masks in the model frame are averaged over each pixel of the decoder grid; that is brought back as predicted
+    logits are, and cut at one half.
+
+    Parameters
+    ----------
+    masks : Tensor of bool, shape (B, R, X, Y)
+    image_size : int
+        S.
+
+    Returns
+    -------
+    Tensor of bool, shape (B, R, X, Y)
+    """
+    framed = masks_to_model_frame(masks, image_size).float()
+    share = functional.avg_pool2d(framed, PIXELS_PER_GRID_CELL)
+    return to_native_frame(share, image_size, (masks.shape[-2], masks.shape[-1])) > 0.5
 
 
 @lru_cache(maxsize=64)
