@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -267,3 +269,11 @@ def test_the_table_names_what_it_publishes() -> None:
 def test_the_official_file_is_found_and_has_its_hash(weights_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(WEIGHTS_DIR_VARIABLE, str(weights_dir))
     assert fetch("vit_t") == weights_dir / VIT_T
+
+
+def test_neither_torch_nor_pooch_is_imported_to_find_weights() -> None:
+    code = (
+        "import sys, medsam_lora.models.weights as w; w.locate('vit_b')\nprint({'torch', 'pooch'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
