@@ -143,6 +143,6 @@ def load_segmenter(
     device = torch.device("cpu") if device is None else device
     segmenter = build_segmenter(model, method, fusion, modalities, regions, seed, device)
     segmenter.input_spec = spec
-    check_base(metadata, model.name, segmenter.sam.base_sha256, segmenter.sam.image_size)
+    check_base(metadata, model.name, segmenter.sam.base_sha256, segmenter.sam.image_size, path)
     segmenter.load_adapter_state({name: tensor.to(device) for name, tensor in tensors.items()})
     return segmenter.eval(), metadata

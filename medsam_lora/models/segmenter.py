@@ -162,8 +162,9 @@ class Segmenter(nn.Module):
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
         """Copy an adapter's tensors in, in place and strictly (both halves refuse missing and unexpected names)."""
         own = {k.removeprefix(_FUSION_PREFIX): v for k, v in state.items() if k.startswith(_FUSION_PREFIX)}
-        self.fusion.load_state_dict(own)
+        # The adaptation first: it changes nothing where it refuses.
         self.adaptation.load({k: v for k, v in state.items() if not k.startswith(_FUSION_PREFIX)})
+        self.fusion.load_state_dict(own)
 
 
 def _over_boxes(values: Tensor, counts: Sequence[int], how: str) -> Tensor:

@@ -48,7 +48,7 @@ def write_overview(place: Workplace, labels: Sequence[str]) -> Path | None:
     Path or None
         None where there is nothing to show.
     """
-    rows = []
+    rows: list[list[Panel]] = []
     for fold, manifest in place.fold_manifests():
         for record in read_manifest(manifest):
             if record.split == "test" and len(rows) < MOST_CASES:

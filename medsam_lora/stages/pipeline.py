@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -13,7 +13,8 @@ from medsam_lora.config import Config, Section, apply_overrides, build_config, l
 from medsam_lora.errors import ConfigError
 from medsam_lora.peft import method_spec
 
-STAGES = ("verify", "prepare", "train", "predict", "evaluate")
+Stage = Literal["verify", "prepare", "train", "predict", "evaluate"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class PhantomSection(Section):
@@ -47,7 +48,7 @@ class PipelineSection(Section):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the pipeline.")
     description: str = Field("", description="What it is for.")
-    stages: list[Literal["verify", "prepare", "train", "predict", "evaluate"]] = Field(
+    stages: list[Stage] = Field(
         list(STAGES), description="Stages to run, in this order."
     )
     root: str | None = Field(

@@ -23,6 +23,7 @@ from medsam_lora.io.manifest import read_manifest
 from medsam_lora.io.nifti import write_label_map
 from medsam_lora.io.seg_nrrd import segments_for, write_seg_nrrd
 from medsam_lora.io.tables import FINDING_COLUMNS, write_table
+from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.models.assemble import choose_device, load_segmenter
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.progress import track
@@ -90,6 +91,7 @@ def predict(
         Cases that were there already, from the same files, boxes and adapter, are `skipped`.
     """
     started = time.perf_counter()
+    keep_freed_memory()
     adapter = run if run.is_file() else run / ADAPTER_FILE
     target = choose_device(device)
     records = _chosen(read_manifest(manifest), split, manifest)

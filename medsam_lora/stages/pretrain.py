@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from medsam_lora.io.files import write_bytes_atomically
+from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.models.assemble import choose_device
 from medsam_lora.models.sam import build
 from medsam_lora.stages.pipeline import PretrainSection
@@ -39,6 +40,7 @@ def pretrain_nano(folder: Path, section: PretrainSection, device: str) -> Path:
     settings = section.model_dump(mode="json")
     if weights.is_file() and note.is_file() and json.loads(note.read_text()) == settings:
         return weights
+    keep_freed_memory()
     logger.info("vit_nano has no weights of its own yet: training it on %d batches of shapes", section.steps)
     sam = build("vit_nano", "random", None, section.seed).to(choose_device(device))
     pretrain(sam, section.steps, section.batch_size, section.lr, section.seed, _note_step)

@@ -20,6 +20,7 @@ from medsam_lora.io.files import write_bytes_atomically
 from medsam_lora.io.manifest import read_manifest
 from medsam_lora.io.store import open_store
 from medsam_lora.io.tables import write_table
+from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.models.assemble import adapter_metadata, build_segmenter, choose_device, load_segmenter
 from medsam_lora.models.checkpoint import save_adapter
 from medsam_lora.models.segmenter import Segmenter
@@ -73,6 +74,7 @@ def train(
         Among others where the adapter read back from disk does not reproduce the validation Dice.
     """
     started = time.perf_counter()
+    keep_freed_memory()
     method_spec(config.method.name)
     store = find_store(prepared)
     training, validation = split_cases(store, manifest)

@@ -17,7 +17,7 @@ from medsam_lora.errors import TrainingError
 from medsam_lora.labels import region_mask
 from medsam_lora.prompts.box import boxes_from_mask, jitter
 from medsam_lora.records import PreparedSlices
-from medsam_lora.transforms.augment import flip_left_right
+from medsam_lora.transforms.augment import random_flip
 from medsam_lora.transforms.intensity import zscore
 from medsam_lora.transforms.resizing import model_scale
 
@@ -139,8 +139,8 @@ class SliceDataset:
             if self.prompts.jitter_px > 0:
                 scale, _ = model_scale(shape, self.image_size)
                 boxes = jitter(boxes, self.prompts.jitter_px, scale, shape, generator)
-            if flip and generator.random() < 0.5:
-                z, masks, boxes = flip_left_right(z, masks, boxes)
+            if flip:
+                z, masks, boxes = random_flip(z, masks, boxes, generator)
         return Sample(z, masks, boxes)
 
     def batches(
