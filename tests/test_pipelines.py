@@ -19,7 +19,7 @@ from medsam_lora.stages.pipeline import load_pipeline, parse_pipeline
 from medsam_lora.stages.run import run, run_file
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-PIPELINES = sorted((CHECKOUT / "pipelines").glob("*.yaml")) + [CHECKOUT / "medsam_lora" / "stages" / "demo.yaml"]
+PIPELINES = [*sorted((CHECKOUT / "pipelines").glob("*.yaml")), CHECKOUT / "medsam_lora" / "stages" / "demo.yaml"]
 
 TINY = {
     "name": "tiny",
