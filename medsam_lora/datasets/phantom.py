@@ -8,6 +8,7 @@ that a split by case instead of by patient shows.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ _PATIENTS_PER_ROUND = 5
 _TWICE = 1
 """In every round of six cases the second patient was scanned twice."""
 _LARGEST_TO_GROW_ML = 100
+
+_KEYS = (*MODALITIES, "seg")
+_CASE_ID = re.compile(r"BraTS-PHT-\d{5,}-\d{3}")
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def make_case(
     tumours = [] if lattice is None else _tumours(lattice, seed, patient, moment)
     generator = np.random.default_rng([seed, patient, 2, moment])
 
-    inside, points = _head_points(geometry, generator.normal(0, 1.5, 3))
+    inside, points = _head_points(geometry, generator.normal(0, 0.5, 3))
     tissue, mask, points = _tissue_on_grid(anatomy, tumours, geometry, inside, points)
     source = before_push(tumours, points)
     pathology = None if lattice is None else pathology_at(tumours, lattice, source)
@@ -214,7 +218,9 @@ def make_cohort(
     Parameters
     ----------
     out : Path
-        Files of equal recipe and content are left alone; `phantom.json` there records both.
+        ``phantom.json`` there records the settings and the sha256 of each file. Files that are as recorded are left
+        alone where they belong to this cohort, and removed where they belong to another: what is discovered in
+        `out` is this cohort and no mixture. Files that are not in the record are never touched.
     n_cases, seed : int
     shape, affine, lesions
         As in `make_case`.
@@ -228,14 +234,15 @@ def make_cohort(
     """
     affine = default_affine(shape) if affine is None else np.asarray(affine, np.float64)
     settings = {"recipe": RECIPE, "seed": seed, "shape": list(shape), "affine": affine.tolist(), "lesions": lesions}
-    known = _read_record(out, settings)
     names = [case_name(index) for index in range(n_cases)]
+    known = _kept(out, settings, names)
     missing = [index for index in range(n_cases) if not _is_there(out / names[index], known.get(names[index], {}))]
+    _write_record(out, settings, known)
     work = partial(_write_case, out, seed, shape, affine, lesions)
     for case_id, digests in track(_mapped(work, missing, workers), "phantom cohort", len(missing)):
         known[case_id] = digests
-        data = json.dumps({**settings, "cases": dict(sorted(known.items()))}, indent=1)
-        write_bytes_atomically(out / RECORD, data.encode())
+        # After every case, so that an interrupted run goes on where it was.
+        _write_record(out, settings, known)
     return names
 
 
@@ -253,20 +260,48 @@ def _write_case(
 ) -> tuple[str, dict[str, str]]:
     case = make_case(seed, index, shape, affine, lesions=lesions)
     folder = out / case.case_id
-    paths = [folder / f"{case.case_id}-{name}.nii.gz" for name in (*MODALITIES, "seg")]
+    paths = [folder / _file_name(case.case_id, key) for key in _KEYS]
     for path, image in zip(paths, case.images, strict=False):
         write_image(path, nib.Nifti1Image(image, case.geometry.affine), case.geometry)
     write_label_map(paths[-1], case.label_map, case.geometry)
     return case.case_id, {path.name: sha256_of(path) for path in paths}
 
 
-def _read_record(out: Path, settings: dict) -> dict[str, dict[str, str]]:
-    """Digests of the files already there, if they were made with the same settings."""
+def _kept(out: Path, settings: dict, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Recorded digests of the cases of this cohort; what is recorded of any other is removed."""
     try:
         record = json.loads((out / RECORD).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-    return record["cases"] if {key: record.get(key) for key in settings} == settings else {}
+    if not isinstance(record, dict):
+        return {}
+    same = {key: record.get(key) for key in settings} == settings
+    kept = {}
+    for case_id, digests in record.get("cases", {}).items():
+        if same and case_id in names:
+            kept[case_id] = digests
+            continue
+        if not _CASE_ID.fullmatch(case_id):
+            # The record is a file like any other: a name in it must not lead out of the cohort.
+            continue
+        folder = out / case_id
+        for path in (folder / _file_name(case_id, key) for key in _KEYS):
+            if path.is_file() and sha256_of(path) == digests.get(path.name):
+                path.unlink()
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    return kept
+
+
+def _write_record(out: Path, settings: dict, cases: dict[str, dict[str, str]]) -> None:
+    data = json.dumps({**settings, "cases": dict(sorted(cases.items()))}, indent=1).encode()
+    path = out / RECORD
+    if not (path.is_file() and path.read_bytes() == data):
+        write_bytes_atomically(path, data)
+
+
+def _file_name(case_id: str, key: str) -> str:
+    return f"{case_id}-{key}.nii.gz"
 
 
 def _is_there(folder: Path, digests: dict[str, str]) -> bool:

@@ -122,10 +122,11 @@ def scan(
     coverage = mask.astype(np.float32)
     # The array axis nearest to head-foot.
     upright = int(np.argmax(np.abs(geometry.affine[2, :3]) / geometry.spacing_mm))
-    for channel in range(signals.shape[0]):
-        bias = random_field(generator, 220.0).at(points) * np.float32(generator.uniform(0.03, 0.09))
+    # One generator per channel: how many voxels take noise must not change what the next channel is like.
+    for channel, own in enumerate(generator.spawn(signals.shape[0])):
+        bias = random_field(own, 220.0).at(points) * np.float32(own.uniform(0.03, 0.09))
         # Some sequences are two-dimensional, with thick slices that were interpolated afterwards.
-        thick = generator.choice([0.0, 0.0, 1.0]) * generator.uniform(0.6, 1.4)
+        thick = own.choice([0.0, 0.0, 1.0]) * own.uniform(0.6, 1.4)
         sigma = [0.45 / step**0.5 for step in geometry.spacing_mm]
         sigma[upright] = float(np.hypot(sigma[upright], thick / geometry.spacing_mm[upright]))
         volume = np.zeros(mask.shape, np.float32)
@@ -133,10 +134,10 @@ def scan(
         # Normalised by the blurred mask, or the rim would darken where the skull strip cut.
         blurred = gaussian_filter(volume, sigma, truncate=3.0)[mask]
         blurred /= np.maximum(gaussian_filter(coverage, sigma, truncate=3.0)[mask], 0.1)
-        noise = np.float32(generator.uniform(0.012, 0.035))
-        real = blurred + noise * generator.standard_normal(blurred.size, dtype=np.float32)
-        imaginary = noise * generator.standard_normal(blurred.size, dtype=np.float32)
+        noise = np.float32(own.uniform(0.012, 0.035))
         # Each modality has a scale of its own, as scanners' have.
-        scale = np.float32(np.exp(generator.uniform(np.log(110), np.log(900))))
+        scale = np.float32(np.exp(own.uniform(np.log(110), np.log(900))))
+        real = blurred + noise * own.standard_normal(blurred.size, dtype=np.float32)
+        imaginary = noise * own.standard_normal(blurred.size, dtype=np.float32)
         images[channel][mask] = np.clip(np.rint(np.hypot(real, imaginary) * scale), 1, _LARGEST).astype(np.int16)
     return images

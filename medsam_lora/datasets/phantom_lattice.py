@@ -54,8 +54,15 @@ def brain_lattice(anatomy: Anatomy) -> Lattice:
     axes = [np.arange(-radius, radius + STEP_MM, STEP_MM, dtype=np.float32) for radius in HEAD_RADII_MM]
     grid = np.meshgrid(*axes, indexing="ij")
     points = np.stack([axis.ravel() for axis in grid])
+    near = np.flatnonzero(((points / np.array(HEAD_RADII_MM, np.float32)[:, None]) ** 2).sum(axis=0) < 1)
+    inside = tissue_at(anatomy, points[:, near], STEP_MM)
+    # Beyond the head there is nothing, which the front passes like fluid.
+    filled = {}
+    for name, outside in (("head", -99), ("csf", 1), ("grey", 0), ("white", 0), ("surface", -99), ("midline", 0)):
+        filled[name] = np.full(points.shape[1], outside, np.float32)
+        filled[name][near] = getattr(inside, name)
     x, y, z = grid[0].shape
-    return Lattice((x, y, z), points, tissue_at(anatomy, points, STEP_MM))
+    return Lattice((x, y, z), points, Tissue(**filled))
 
 
 def oedema_arrival(lattice: Lattice, start: np.ndarray, roughness: np.ndarray, radius_mm: float) -> np.ndarray:

@@ -40,9 +40,14 @@ class Core:
     def distance(self, points: np.ndarray, radius_mm: float) -> np.ndarray:
         """Level-set function of a core of about that radius, mm, negative inside, shape (3, N) to (N,)."""
         away = np.sqrt(((self.stretch @ (points - self.centre[:, None])) ** 2).sum(axis=0))
-        irregular = 0.34 * self.lobes.at(points) + 0.15 * self.knobs.at(points)
+        depth = np.float32(radius_mm) - away
         # Far from the core the irregularity fades, or it would raise islands there.
-        return away - np.float32(radius_mm) * (1 + irregular * np.clip(2.5 - away / np.float32(radius_mm), 0, 1))
+        fade = np.clip(2.5 - away / np.float32(radius_mm), 0, 1)
+        near = np.flatnonzero(fade)
+        places = points[:, near]
+        irregular = 0.34 * self.lobes.at(places) + 0.15 * self.knobs.at(places)
+        depth[near] += np.float32(radius_mm) * irregular * fade[near]
+        return -depth
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,9 @@ def pathology_at(lesions: Sequence[Lesion], lattice: Lattice, points: np.ndarray
     rim, oedema = np.zeros_like(core), core.copy()
     for lesion in lesions:
         depth = lesion.level_mm - lesion.core.distance(points, lesion.radius_mm)
-        breaks = lesion.core.knobs.at(points[[1, 2, 0]])
-        rim = np.where(depth > core, lesion.rim_mm * (1 + 0.6 * breaks), rim)
+        # Somewhat beyond the core too, for what shades off across its border.
+        inner = np.flatnonzero((depth > core) & (depth > -5))
+        rim[inner] = lesion.rim_mm * (1 + 0.6 * lesion.core.knobs.at(points[[1, 2, 0]][:, inner]))
         core = np.maximum(core, depth)
         oedema = np.maximum(oedema, lesion.reach_mm - lattice.sample(lesion.arrival, points))
     return Pathology(core, rim, oedema)
