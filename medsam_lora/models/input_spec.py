@@ -108,7 +108,7 @@ def _extremes(images: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
 
 
 INPUT_RANGES: Final[Mapping[str, InputSpec]] = {
-    "window": InputSpec("window", low=-3.0, high=3.0),
+    "window": InputSpec("window", low=-1.0, high=3.0),
     "minmax": InputSpec("minmax"),
     "zscore": InputSpec("zscore"),
 }

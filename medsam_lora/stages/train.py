@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 ADAPTER_FILE = "adapter.safetensors"
 STATE_FILE = Path("state") / "last.pt"
 
-# Without validation cases the reloaded adapter is checked on this many training cases.
-_CHECK_CASES = 1
+# Without validation cases the reloaded adapter is checked on this many slices of a training case.
+_CHECK_SLICES = 8
 
 
 def train(
@@ -97,7 +97,7 @@ def train(
         rows = _fit(segmenter, training, validation, prompts, run, config, resume)
     write_table(run / "log.csv", LOG_COLUMNS, rows)
     save_adapter(run / ADAPTER_FILE, segmenter.adapter_state(), metadata)
-    check = _check_reloaded(segmenter, validation or training[:_CHECK_CASES], run, config, target)
+    check = _check_reloaded(segmenter, validation or [_first_slices(training[0])], run, config, target)
     record = run_record(config) | {
         "stage": "train",
         "method": config.method.name,
@@ -226,7 +226,7 @@ def _check_reloaded(
 
     The commonest way in which such systems failed is that the weights evaluated were not those trained.
     """
-    options = PredictOptions(config.predict.batch_size)
+    options = PredictOptions(config.train.batch_size, config.train.amp)
     reloaded, _ = load_segmenter(run / ADAPTER_FILE, config.model.weights, device)
     prompt = config.prompt
     pairs = [
@@ -244,6 +244,14 @@ def _check_reloaded(
             remedy="Report this as a bug with the run folder: these weights must not be used.",
         )
     return {"cases": [c.case_id for c in cases], "dice": [b for _, b in pairs], "largest_difference": worst}
+
+
+def _first_slices(case: PreparedSlices) -> PreparedSlices:
+    n = _CHECK_SLICES
+    label = None if case.label is None else case.label[:n]
+    return dataclasses.replace(
+        case, image=case.image[:n], label=label, ks=case.ks[:n], mean=case.mean[:n], std=case.std[:n], report={}
+    )
 
 
 def _check_modalities(cases: Sequence[PreparedSlices], modalities: Sequence[str]) -> None:
