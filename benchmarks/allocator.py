@@ -3,8 +3,8 @@
     python benchmarks/allocator.py [--model vit_t] [--weights random] [--image-size 512] [--rounds 3]
 
 Each round runs one fresh process per variant, alternating; every process does a forward pass of four images (a slice
-with its modalities) and a LoRA step twice and reports the second. Prints seconds of wall clock, user and system time, and the
-median of the per-round ratios.
+with its modalities) and a LoRA step twice and reports the second. Prints seconds of wall clock, user and system
+time, and the median of the per-round ratios.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def child(variant: str, options: argparse.Namespace) -> None:
     import torch
 
     from medsam_lora.config import MethodConfig
-    from medsam_lora.inference.predictor import autocast
     from medsam_lora.models.allocator import keep_freed_memory
+    from medsam_lora.models.precision import autocast
     from medsam_lora.models.sam import build
     from medsam_lora.peft import attach
 

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medsam_lora.inference.predictor import autocast
 from medsam_lora.io.case import read_case
 from medsam_lora.io.discovery import discover
 from medsam_lora.labels import region_mask
 from medsam_lora.metrics.overlap import Counts, count
 from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.models.input_spec import PIXEL_MEAN, PIXEL_STD, InputSpec
+from medsam_lora.models.precision import autocast
 from medsam_lora.models.sam import SamModel, build
 from medsam_lora.progress import track
 from medsam_lora.prompts.box import boxes_from_mask, to_model

@@ -162,7 +162,9 @@ class TrainConfig(Section):
     warmup_share: float = Field(0.1, ge=0, lt=1, description="Share of all steps with a linearly rising rate.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="After the warm-up.")
     clip_norm: float | None = Field(1.0, gt=0, description="Largest gradient norm; null is no clipping.")
-    amp: Literal["none", "bf16", "fp16"] = Field("none", description="Autocast of the forward pass.")
+    amp: Literal["none", "bf16", "fp16", "auto"] = Field(
+        "none", description="Autocast of the forward pass; auto is bf16 where the hardware computes in it."
+    )
     dice_weight: float = Field(1.0, ge=0, description="Weight of the Dice term.")
     bce_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy term.")
     focal_share: float = Field(0.0, ge=0, le=1, description="lambda of (1 - lambda) BCE + lambda focal.")
@@ -182,7 +184,9 @@ class PredictConfig(Section):
     """Prediction of whole cases."""
 
     batch_size: int = Field(4, ge=1, description="Slices per forward pass, each with all its modalities.")
-    amp: Literal["none", "bf16", "fp16"] = Field("none", description="Autocast of the forward pass.")
+    amp: Literal["none", "bf16", "fp16", "auto"] = Field(
+        "none", description="Autocast of the forward pass; auto is bf16 where the hardware computes in it."
+    )
     threshold: float = Field(0.5, gt=0, lt=1, description="Probability above which a voxel is tumour.")
 
 

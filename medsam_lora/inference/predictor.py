@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from medsam_lora.labels import region_mask
+from medsam_lora.models.precision import autocast
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.prompts.box import boxes_from_mask
 from medsam_lora.records import PreparedSlices
 from medsam_lora.transforms.intensity import zscore
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class PredictOptions:
     batch_size : int
         Slices per forward pass, each with all its modalities.
     amp : str
-        ``none``, ``bf16`` or ``fp16``.
+        ``none``, ``bf16``, ``fp16`` or ``auto``.
     threshold : float
         Probability above which a voxel is foreground.
     """
@@ -37,11 +34,6 @@ class PredictOptions:
     batch_size: int = 4
     amp: str = "none"
     threshold: float = 0.5
-
-
-def autocast(device: torch.device, amp: str) -> Any:
-    """The autocast context of an `amp` setting (a null context for ``none``)."""
-    return nullcontext() if amp == "none" else torch.autocast(device.type, AMP_DTYPES[amp])
 
 
 def predict_slices(

@@ -40,6 +40,7 @@ class PretrainSection(Section):
     steps: int = Field(200, ge=1, description="Optimiser steps.")
     batch_size: int = Field(8, ge=1, description="Shapes per step.")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    image_size: int = Field(256, ge=32, description="Side of the shapes' images.")
     seed: int = Field(0, ge=0, description="Seed.")
 
 
@@ -48,9 +49,7 @@ class PipelineSection(Section):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the pipeline.")
     description: str = Field("", description="What it is for.")
-    stages: list[Stage] = Field(
-        list(STAGES), description="Stages to run, in this order."
-    )
+    stages: list[Stage] = Field(list(STAGES), description="Stages to run, in this order.")
     root: str | None = Field(
         None, description="Data root; null is $MEDSAM_LORA_BRATS_DIR, else shared/data/brats beside the checkout."
     )

@@ -25,6 +25,7 @@ from medsam_lora.io.seg_nrrd import segments_for, write_seg_nrrd
 from medsam_lora.io.tables import FINDING_COLUMNS, write_table
 from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.models.assemble import choose_device, load_segmenter
+from medsam_lora.models.precision import resolve_amp
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.progress import track
 from medsam_lora.prompts.sources import inside, on_grid, read_box_table, reference_boxes, write_box_table
@@ -122,6 +123,7 @@ def predict(
         "base_sha256": metadata["base_sha256"],
         "predict": config.predict.model_dump(mode="json"),
         "device": str(target),
+        "amp": resolve_amp(config.predict.amp, target),
     }
     log = _Log(out, _identity(adapter, config.predict), about)
     outcome = StageOutcome()

@@ -18,7 +18,7 @@ from medsam_lora.training.pretrain import pretrain
 
 logger = logging.getLogger(__name__)
 
-_LOG_EVERY = 25
+_LOG_EVERY = 50
 
 
 def pretrain_nano(folder: Path, section: PretrainSection, device: str) -> Path:
@@ -42,8 +42,8 @@ def pretrain_nano(folder: Path, section: PretrainSection, device: str) -> Path:
         return weights
     keep_freed_memory()
     logger.info("vit_nano has no weights of its own yet: training it on %d batches of shapes", section.steps)
-    sam = build("vit_nano", "random", None, section.seed).to(choose_device(device))
-    pretrain(sam, section.steps, section.batch_size, section.lr, section.seed, _note_step)
+    sam = build("vit_nano", "random", section.image_size, section.seed).to(choose_device(device))
+    pretrain(sam, section.steps, section.batch_size, section.lr, section.seed, "auto", _note_step)
     buffer = io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in sam.state_dict().items()}, buffer)
     write_bytes_atomically(weights, buffer.getvalue())

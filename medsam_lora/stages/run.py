@@ -117,7 +117,7 @@ def run(pipeline: Pipeline, out: Path, *, start: str | None = None, device: str 
         raise ManifestError(f"unknown stage {start!r}", remedy=f"--from takes one of {', '.join(STAGES)}.")
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    place = Workplace(out, pipeline, _cohort(pipeline, out), device, workers, start)
+    place = Workplace(out, pipeline, _cohort(pipeline, out, workers), device, workers, start)
     pipeline = place.pipeline = _pretrained(place)
     with _timed(place, "verify"):
         _verify(place)
@@ -157,13 +157,13 @@ def default_root() -> Path:
     return Path(named) if named else CHECKOUT.parent / "shared" / "data" / "brats"
 
 
-def _cohort(pipeline: Pipeline, out: Path) -> Path:
+def _cohort(pipeline: Pipeline, out: Path, workers: int) -> Path:
     settings = pipeline.settings
     if settings.phantom is not None:
         from medsam_lora.datasets.phantom import make_cohort
 
         x, y, z = settings.phantom.shape
-        make_cohort(out / "cohort", settings.phantom.cases, settings.phantom.seed, (x, y, z))
+        make_cohort(out / "cohort", settings.phantom.cases, settings.phantom.seed, (x, y, z), workers=workers)
         return out / "cohort"
     root = default_root() if settings.root is None else Path(settings.root)
     if not root.is_dir():

@@ -23,6 +23,7 @@ from medsam_lora.io.tables import write_table
 from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.models.assemble import adapter_metadata, build_segmenter, choose_device, load_segmenter
 from medsam_lora.models.checkpoint import save_adapter
+from medsam_lora.models.precision import resolve_amp
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft import method_spec
 from medsam_lora.records import PreparedSlices
@@ -107,6 +108,7 @@ def train(
         "base_sha256": segmenter.sam.base_sha256,
         "store": store.name,
         "device": str(target),
+        "amp": resolve_amp(config.train.amp, target),
         "peak_memory_mib": peak_memory_mib(target),
         "duration_s": time.perf_counter() - started,
         "prompt_source": "reference_box",

@@ -23,7 +23,8 @@ from torch import nn
 
 from medsam_lora.config import TrainConfig
 from medsam_lora.errors import TrainingError
-from medsam_lora.inference.predictor import PredictOptions, autocast, validate_case
+from medsam_lora.inference.predictor import PredictOptions, validate_case
+from medsam_lora.models.precision import autocast, resolve_amp
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.records import PreparedSlices
 from medsam_lora.training.dataset import SliceDataset, epoch_order, plan_batches
@@ -117,7 +118,9 @@ class Trainer:
         self.best_state: dict[str, torch.Tensor] | None = None
         self.weights = LossWeights(options.dice_weight, options.bce_weight, options.focal_share, options.focal_gamma)
         self.optimiser = build_optimiser(segmenter, options)
-        self.scaler = torch.amp.GradScaler(segmenter.device.type, enabled=options.amp == "fp16")
+        self.scaler = torch.amp.GradScaler(
+            segmenter.device.type, enabled=resolve_amp(options.amp, segmenter.device) == "fp16"
+        )
         n_items = min(len(dataset), options.slices_per_epoch or len(dataset))
         # An upper bound (slices of several shapes make more batches): the schedule needs only the order of magnitude
         # of one batch, and a fixed total keeps it a function of the options alone.

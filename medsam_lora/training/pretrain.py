@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from medsam_lora.datasets.shapes import make_sample
+from medsam_lora.models.precision import autocast
 from medsam_lora.models.sam import SamModel
 from medsam_lora.training.losses import LossWeights, hard_iou, segmentation_loss
 
@@ -20,6 +21,7 @@ def pretrain(
     batch_size: int,
     lr: float,
     seed: int,
+    amp: str = "none",
     on_step: Callable[[int, float, float], None] | None = None,
 ) -> None:
     """Train all of a SAM, in place, to outline the object in a box.
@@ -32,6 +34,8 @@ def pretrain(
         Peak rate of AdamW: linear warm-up over a twentieth of the steps, then a half cosine to zero.
     seed : int
         Sample i of step s is a function of (seed, s, i).
+    amp : str
+        Autocast of the forward pass: ``none``, ``bf16`` or ``auto``.
     on_step : callable, optional
         Called with the step (from 1), the loss and the mean IoU of the batch.
     """
@@ -45,7 +49,9 @@ def pretrain(
         for group in optimiser.param_groups:
             group["lr"] = lr * min(step / warm, cosine)
         pixels, boxes, masks = shape_batch(sam, seed, step, batch_size)
-        logits, iou = sam(pixels.to(device), boxes.to(device), [1] * batch_size)
+        with autocast(device, amp):
+            logits, iou = sam(pixels.to(device), boxes.to(device), [1] * batch_size)
+        # On the decoder grid: whole frames would cost more than the model.
         target = _to_grid(masks, logits.shape[-1]).to(device).expand(-1, logits.shape[1], -1, -1)
         terms = segmentation_loss(logits, iou, target, [0], LossWeights(auxiliary=0.5))
         optimiser.zero_grad(set_to_none=True)
