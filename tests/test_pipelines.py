@@ -159,6 +159,24 @@ def test_a_broken_case_is_listed_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert (tmp_path / "second" / "summary.csv").is_file()
 
 
+def test_a_patient_in_two_splits_is_left_out_and_the_rest_goes_on(finished: Path, tmp_path: Path) -> None:
+    rows = [{**r, "split": "test" if r["split"] == "val" else r["split"]} for r in read(finished / "manifest.csv")]
+    twice = next(r for r in rows if [o["patient_id"] for o in rows].count(r["patient_id"]) > 1)
+    other = "train" if twice["split"] == "test" else "test"
+    rows = [{**r, "split": other} if r["case_id"] == twice["case_id"] else r for r in rows]
+    with (tmp_path / "m.csv").open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    data = {**TINY, "phantom": None, "methods": [{"name": "zero_shot"}]}
+    data |= {"root": str(finished / "cohort"), "manifest": str(tmp_path / "m.csv")}
+    assert run(parse_pipeline(data), tmp_path / "out", device="cpu") == 1
+    failures = read(tmp_path / "out" / "failures.csv")
+    assert {f["code"] for f in failures} == {"patient_in_two_splits"}
+    kept = {r["patient_id"] for r in read(tmp_path / "out" / "manifest.csv")}
+    assert kept and twice["patient_id"] not in kept
+
+
 def test_folds_score_every_case_once_by_a_model_that_did_not_see_it(tmp_path: Path) -> None:
     data = {**TINY, "folds": 3, "methods": [{"name": "lora", "rank": 2}], "train": {**TINY["train"], "select": "last"}}
     out = tmp_path / "out"

@@ -81,7 +81,9 @@ def mosaic(rows: Sequence[Sequence[Panel]], legend: Mapping[str, Colour], title:
         Of every panel, in pixels.
     """
     drawn = [[render(panel, height) for panel in row] for row in rows]
-    width = max([sum(p.width + _GAP for p in row) for row in drawn] + [420])
+    n_columns = max(len(row) for row in drawn)
+    columns = [max(row[c].width for row in drawn if c < len(row)) + _GAP for c in range(n_columns)]
+    width = max(sum(columns), 420)
     total = sum(max(p.height for p in row) + _GAP for row in drawn)
     canvas = Image.new("RGB", (width + _GAP, total + 44), _BACKGROUND)
     pen = ImageDraw.Draw(canvas)
@@ -94,9 +96,9 @@ def mosaic(rows: Sequence[Sequence[Panel]], legend: Mapping[str, Colour], title:
     y = 42
     for row in drawn:
         x = _GAP
-        for picture in row:
+        for picture, column in zip(row, columns, strict=False):
             canvas.paste(picture, (x, y))
-            x += picture.width + _GAP
+            x += column
         y += max(p.height for p in row) + _GAP
     return canvas
 

@@ -29,7 +29,7 @@ REFERENCE_COLOUR: Colour = (80, 220, 100)
 BOX_COLOUR: Colour = (90, 150, 255)
 PREDICTION_COLOUR: Colour = (255, 150, 30)
 
-MOST_CASES = 6
+MOST_CASES = 4
 # The modalities in which whole tumour is best seen: oedema on FLAIR, enhancement on T1 with contrast.
 _PREFERRED = ("t2f", "t1c", "t2w", "t1n")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from medsam_lora.errors import ManifestError, PreparedError
-from medsam_lora.io.files import sha256_of
+from medsam_lora.io.files import sha256_of, write_bytes_atomically
 from medsam_lora.io.manifest import folds as deal_folds
-from medsam_lora.io.manifest import read_manifest, write_manifest
+from medsam_lora.io.manifest import parse_manifest, read_manifest, write_manifest
 from medsam_lora.io.tables import FINDING_COLUMNS, write_table
 from medsam_lora.records import CaseRecord, Finding
 from medsam_lora.stages.manifest import build_manifest
@@ -203,8 +203,12 @@ def _verify(place: Workplace) -> None:
         shares = {"train": settings.split.train, "val": settings.split.val, "test": settings.split.test}
         build_manifest(place.root, whole, shares, settings.split.seed)
     else:
-        write_manifest(whole, read_manifest(Path(settings.manifest)))
-    records = read_manifest(whole)
+        given = Path(settings.manifest)
+        if not given.is_file():
+            raise ManifestError("no such file", path=given, remedy="Check --manifest.")
+        write_bytes_atomically(whole, given.read_bytes())
+    # Lines that contradict each other are findings of verify, so that the other cases go on.
+    records = [r for _, r in parse_manifest(whole)] if "verify" in settings.stages else read_manifest(whole)
     if "verify" in settings.stages:
         findings = verify(
             whole,

@@ -26,6 +26,7 @@ from medsam_lora.errors import TrainingError
 from medsam_lora.inference.predictor import PredictOptions, validate_case
 from medsam_lora.models.precision import autocast, resolve_amp
 from medsam_lora.models.segmenter import Segmenter
+from medsam_lora.progress import track
 from medsam_lora.records import PreparedSlices
 from medsam_lora.training.dataset import SliceDataset, epoch_order, plan_batches
 from medsam_lora.training.early_stopping import EarlyStopping
@@ -122,8 +123,7 @@ class Trainer:
             segmenter.device.type, enabled=resolve_amp(options.amp, segmenter.device) == "fp16"
         )
         n_items = min(len(dataset), options.slices_per_epoch or len(dataset))
-        # An upper bound (slices of several shapes make more batches): the schedule needs only the order of magnitude
-        # of one batch, and a fixed total keeps it a function of the options alone.
+        # Slices of several shapes make a few batches more than this; the schedule then reaches its end a little early.
         self.steps_per_epoch = math.ceil(math.ceil(n_items / options.batch_size) / options.accumulation)
 
     # ---------------------------------------------------------------- run
@@ -169,8 +169,8 @@ class Trainer:
         order = epoch_order(len(self.dataset), options.seed, progress.epoch, options.slices_per_epoch)
         batches = plan_batches(order, [self.dataset.shape(i) for i in order], options.batch_size)
         self.segmenter.train()
-        while progress.position < len(batches):
-            first = progress.position
+        steps = range(progress.position, len(batches), options.accumulation)
+        for first in track(steps, f"epoch {progress.epoch}/{options.epochs}"):
             group = batches[first : first + options.accumulation]
             self._set_rates(progress.epoch, first // options.accumulation)
             self.optimiser.zero_grad(set_to_none=True)

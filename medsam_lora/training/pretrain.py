@@ -12,6 +12,7 @@ from torch import Tensor
 from medsam_lora.datasets.shapes import make_sample
 from medsam_lora.models.precision import autocast
 from medsam_lora.models.sam import SamModel
+from medsam_lora.progress import track
 from medsam_lora.training.losses import LossWeights, hard_iou, segmentation_loss
 
 
@@ -43,7 +44,7 @@ def pretrain(
     parameters = [p for p in sam.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
     sam.train()
-    for step in range(1, steps + 1):
+    for step in track(range(1, steps + 1), "shapes"):
         warm = max(1, steps // 20)
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimiser.param_groups:
