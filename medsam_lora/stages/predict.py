@@ -32,7 +32,7 @@ from medsam_lora.prompts.sources import inside, on_grid, read_box_table, referen
 from medsam_lora.records import CaseRecord, CaseVolumes, Finding, SliceBox, StageOutcome
 from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.stages.train import ADAPTER_FILE
-from medsam_lora.training.loop import peak_memory_mib
+from medsam_lora.training.guards import peak_memory_mib
 from medsam_lora.transforms.stages import PreparePlan, crop_geometry, prepare_case
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,8 @@ from medsam_lora.peft import method_spec
 from medsam_lora.records import PreparedSlices
 from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.training.dataset import PromptOptions, SliceDataset
-from medsam_lora.training.loop import LOG_COLUMNS, Trainer, peak_memory_mib
+from medsam_lora.training.guards import peak_memory_mib
+from medsam_lora.training.loop import LOG_COLUMNS, Trainer
 
 logger = logging.getLogger(__name__)
 

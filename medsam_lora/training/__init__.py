@@ -1,1 +1,1 @@
-"""TODO."""
+"""Training: samples, loss, loop and resumable state."""

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,9 @@ from medsam_lora.progress import track
 from medsam_lora.records import PreparedSlices
 from medsam_lora.training.dataset import SliceDataset, epoch_order, plan_batches
 from medsam_lora.training.early_stopping import EarlyStopping
+from medsam_lora.training.guards import deterministic, graceful_interrupt, peak_memory_mib
 from medsam_lora.training.losses import LossWeights, hard_iou, segmentation_loss
+from medsam_lora.training.optimiser import build_optimiser, schedule_factor
 from medsam_lora.training.state import load_state, save_state
 
 logger = logging.getLogger(__name__)
@@ -147,7 +146,7 @@ class Trainer:
         TrainingError
             Where the loss is not finite.
         """
-        with _deterministic(), _graceful_interrupt() as interrupted:
+        with deterministic(), graceful_interrupt() as interrupted:
             if self.progress.epoch == 1 and self.progress.position == 0 and not self.progress.rows:
                 self._finish_epoch(0, time.perf_counter(), on_epoch)
             while self.progress.epoch <= self.options.epochs:
@@ -308,83 +307,5 @@ class Trainer:
         self.best_state = state["best"]
 
 
-def build_optimiser(segmenter: Segmenter, options: TrainConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW over exactly the declared parameters, one group per part and decay.
-
-    Biases, norms and other vectors get no weight decay: shrinking them has no regularising sense.
-    """
-    groups = []
-    for name, parameters in segmenter.trainable_groups().items():
-        rate = options.lr_encoder if name == "encoder" and options.lr_encoder is not None else options.lr
-        matrices = [p for p in parameters if p.ndim > 1]
-        vectors = [p for p in parameters if p.ndim <= 1]
-        for suffix, members, decay in (("", matrices, options.weight_decay), ("/vectors", vectors, 0.0)):
-            if members:
-                groups.append(
-                    {"name": name + suffix, "params": members, "lr": rate, "base_lr": rate, "weight_decay": decay}
-                )
-    if not groups:
-        raise TrainingError("the method has nothing to train", remedy="Use method.name=lora or another one.")
-    kind = torch.optim.AdamW if options.optimiser == "adamw" else torch.optim.Adam
-    return kind(groups)
-
-
-def schedule_factor(step: int, total: int, options: TrainConfig) -> float:
-    """Learning-rate factor of an update: linear warm-up to 1, then constant or a half cosine to 0.
-
-    Examples
-    --------
-    >>> options = TrainConfig(warmup_share=0.2)
-    >>> [round(schedule_factor(s, 10, options), 3) for s in (0, 1, 2, 6, 9)]
-    [0.5, 1.0, 1.0, 0.5, 0.038]
-    """
-    warmup = round(options.warmup_share * total)
-    if step < warmup:
-        return (step + 1) / warmup
-    if options.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
-
-
 def _draw_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory of this process: of the GPU on CUDA, else the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_before = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_before)
-
-
-@contextmanager
-def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that is read between updates; a second one stops at once."""
-    hits = 0
-
-    def note(signum: int, frame: Any) -> None:
-        nonlocal hits
-        hits += 1
-        if hits > 1:
-            raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: hits > 0
-    finally:
-        signal.signal(signal.SIGINT, before)
