@@ -41,7 +41,7 @@ def train(
 def predict(
     manifest: options.ManifestOption,
     run: RunOption,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the predictions.")],
+    out: Annotated[Path, typer.Option("--out", "--predictions", metavar="DIR", help="Folder of the predictions.")],
     root: options.RootOption = None,
     boxes: options.BoxesOption = None,
     split: options.SplitOption = None,

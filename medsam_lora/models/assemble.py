@@ -86,6 +86,9 @@ def adapter_metadata(
     seed : int
         That of the adaptation.
     """
+    if model.weights not in (None, "official", "random"):
+        # The adapter is used from other working directories than the one it was trained in.
+        model = model.model_copy(update={"weights": str(Path(model.weights).expanduser().resolve())})
     return {
         "package_version": __version__,
         "method": method.name,

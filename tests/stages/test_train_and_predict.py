@@ -15,9 +15,11 @@ import torch
 from medsam_lora.config import Config, build_config
 from medsam_lora.datasets.phantom import make_cohort
 from medsam_lora.errors import AdapterError, PreparedError, TrainingError
+from medsam_lora.io.files import sha256_of
 from medsam_lora.io.manifest import read_manifest, write_manifest
 from medsam_lora.models.assemble import load_segmenter
 from medsam_lora.models.checkpoint import load_adapter, save_adapter
+from medsam_lora.models.sam import build
 from medsam_lora.prompts.sources import read_box_table
 from medsam_lora.stages import train as train_stage
 from medsam_lora.stages.manifest import build_manifest
@@ -228,3 +230,16 @@ def test_boxes_that_leave_the_volume_fail_their_case(cohort: Cohort, tmp_path: P
     details = {f.case_id: f.detail for f in outcome.failed}
     assert "leave the volume" in details[case_id]
     assert all("no line for this case" in d for i, d in details.items() if i != case_id)
+
+
+def test_relative_weights_are_found_from_another_folder(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(build("vit_nano", "random", 64).state_dict(), "base.pt")
+    settings = config(model={"weights": "base.pt"}, method={"name": "zero_shot"})
+    train(cohort.manifest, cohort.store, tmp_path / "run", settings, device="cpu")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = load_segmenter(tmp_path / "run" / "adapter.safetensors")[0].sam
+    assert again.base_sha256 == sha256_of(tmp_path / "base.pt")
