@@ -122,3 +122,13 @@ def precision(comparison: Comparison) -> float:
     """Share of the prediction that is right (positive predictive value), TP / (TP + FP)."""
     c = comparison.counts
     return c.tp / (c.tp + c.fp)
+
+
+def specificity(comparison: Comparison) -> float:
+    """Share of the background that was left alone, TN / (TN + FP); 1 where the reference fills the volume.
+
+    Empty masks need no policy here, so this is a number of every pair of masks. It depends on how much air the grid
+    holds, and is 1 to three digits for any small lesion: compare it within one grid only.
+    """
+    c = comparison.counts
+    return c.tn / (c.tn + c.fp) if c.tn + c.fp else 1.0
