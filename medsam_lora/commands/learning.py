@@ -64,6 +64,14 @@ def evaluate(
     root: options.RootOption = None,
     boxes: options.BoxesOption = None,
     split: options.SplitOption = None,
+    challenge: Annotated[
+        str | None,
+        typer.Option(
+            "--challenge",
+            metavar="NAME",
+            help="Also score as this challenge, lesion by lesion: brats2023-gli, -men, -met, -ssa or -ped.",
+        ),
+    ] = None,
     workers: options.WorkersOption = None,
     config: options.ConfigOption = None,
     settings: options.SetOption = None,
@@ -80,6 +88,7 @@ def evaluate(
         out,
         split=split,
         boxes=boxes,
+        challenge=challenge,
         bootstrap=chosen.evaluate.bootstrap,
         seed=chosen.evaluate.seed,
         workers=options.processes(workers),

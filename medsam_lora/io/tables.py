@@ -41,6 +41,21 @@ PER_CASE_COLUMNS: Final = (
     "prompt_source",
     "status",
 )
+CHALLENGE_COLUMNS: Final = (
+    "hd95_mm",
+    "nsd_1mm",
+    "nsd_2mm",
+    "assd_mm",
+    "specificity",
+    "lesionwise_dice",
+    "lesionwise_hd95_mm",
+    "lesions_tp",
+    "lesions_fp",
+    "lesions_fn",
+    "legacy_dice",
+    "legacy_hd95_mm",
+)
+"""What ``per_case.csv`` has behind `PER_CASE_COLUMNS` where a challenge was named."""
 SUMMARY_COLUMNS: Final = ("method", "region", "n_cases", "dice_mean", "dice_low", "dice_high")
 
 STATUSES: Final = ("ok", "missing", "wrong_grid", "wrong_label")

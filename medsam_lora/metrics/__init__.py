@@ -13,7 +13,11 @@ exactly one empty     0                                  374 mm
 prediction unusable   0                                  374 mm
 ====================  =================================  =================
 
-A new metric is one function of a `Comparison` and one line of `METRICS`.
+A share of surface area (NSD) counts as overlap. Specificity needs no policy: a volume always has background. The
+lesion-wise scores are those of the challenge: 1 and 0 mm where no lesion counts and nothing was found in vain.
+
+A new metric is one function of a `Comparison` and one line of `METRICS`. The columns that a challenge adds stand in
+`medsam_lora.metrics.challenge`; they are computed where one was named, as they take most of the time.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from medsam_lora.geometry import Geometry
+from medsam_lora.metrics.surface import SurfaceDistances, surface_distances
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class Comparison:
     def counts(self) -> Counts:
         """Voxel counts, taken once for all metrics."""
         return count(self.reference, self.prediction)
+
+    @cached_property
+    def surface(self) -> SurfaceDistances:
+        """Distances of the surfaces, measured once for all metrics."""
+        return surface_distances(self.reference, self.prediction, self.geometry.spacing_mm)
 
 
 def count(reference: np.ndarray, prediction: np.ndarray) -> Counts:

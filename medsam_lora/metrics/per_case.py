@@ -9,19 +9,27 @@ import numpy as np
 
 from medsam_lora.geometry import Geometry
 from medsam_lora.metrics import score, worst_scores
+from medsam_lora.metrics.challenge import challenge_scores, failed_challenge_scores
 from medsam_lora.metrics.overlap import Comparison, Counts
 
 NNUNET_METRICS: Final = ("Dice", "IoU", "TP", "FP", "FN", "TN", "n_pred", "n_ref")
 """Names in a ``summary.json`` of nnU-Net v2."""
 
 
-def region_scores(comparison: Comparison) -> dict[str, Any]:
+def region_scores(comparison: Comparison, challenge: str | None = None) -> dict[str, Any]:
     """The scored columns of a usable prediction.
+
+    Parameters
+    ----------
+    comparison : Comparison
+    challenge : str, optional
+        A key of `lesionwise.CHALLENGES`, whose columns are added.
 
     Returns
     -------
     dict
-        Every key of `METRICS`, and ``reference_volume_ml``, ``prediction_volume_ml``, ``n_slices``.
+        Every key of `METRICS`, and ``reference_volume_ml``, ``prediction_volume_ml``, ``n_slices``; then those of
+        `challenge_scores`.
     """
     counts, ml = comparison.counts, comparison.geometry.voxel_volume_ml
     shown = comparison.reference | comparison.prediction
@@ -30,22 +38,26 @@ def region_scores(comparison: Comparison) -> dict[str, Any]:
         "reference_volume_ml": counts.n_reference * ml,
         "prediction_volume_ml": counts.n_prediction * ml,
         "n_slices": slices_showing(shown, comparison.geometry),
+        **({} if challenge is None else challenge_scores(comparison, challenge)),
     }
 
 
-def failed_scores(reference: np.ndarray, geometry: Geometry) -> dict[str, Any]:
+def failed_scores(reference: np.ndarray, geometry: Geometry, challenge: str | None = None) -> dict[str, Any]:
     """The scored columns of a prediction that is missing or unusable: the worst scores, no prediction volume.
 
     Parameters
     ----------
     reference : ndarray of bool, shape geometry.shape
     geometry : Geometry
+    challenge : str, optional
+        As in `region_scores`.
     """
     return {
         **worst_scores(),
         "reference_volume_ml": int(np.count_nonzero(reference)) * geometry.voxel_volume_ml,
         "prediction_volume_ml": None,
         "n_slices": slices_showing(reference, geometry),
+        **({} if challenge is None else failed_challenge_scores(reference, geometry, challenge)),
     }
 
 

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from medsam_lora import labels
+from medsam_lora.analysis.challenge_tables import FULL_SCORES, LESION_SCORES, challenge_table
 from medsam_lora.analysis.statistics import summarise
 from medsam_lora.config import nearest
 from medsam_lora.errors import ConfigError, ManifestError, MedsamLoraError
 from medsam_lora.io.manifest import read_manifest
 from medsam_lora.io.predictions import PROMPTS_NAME, PredictionRecord, predicted_cases, read_record
-from medsam_lora.io.tables import FINDING_COLUMNS, PER_CASE_COLUMNS, SUMMARY_COLUMNS, write_table
+from medsam_lora.io.tables import CHALLENGE_COLUMNS, FINDING_COLUMNS, PER_CASE_COLUMNS, SUMMARY_COLUMNS, write_table
 from medsam_lora.metrics import WORST_DISTANCE_MM
+from medsam_lora.metrics.lesionwise import CHALLENGES
 from medsam_lora.metrics.per_case import nnunet_means
 from medsam_lora.progress import track
 from medsam_lora.prompts.sources import read_box_table
@@ -39,6 +41,7 @@ def evaluate(
     split: str | None = None,
     regions: Sequence[str] | None = None,
     boxes: Path | None = None,
+    challenge: str | None = None,
     bootstrap: int = 2000,
     seed: int = 0,
     workers: int = 1,
@@ -62,6 +65,9 @@ def evaluate(
         Score these only. Regions that the model was not trained for are refused.
     boxes : Path, optional
         Box prompts (`io.tables.BOX_COLUMNS`) for the floor; the folder's ``prompts.csv`` by default.
+    challenge : str, optional
+        A key of `metrics.lesionwise.CHALLENGES`: adds `io.tables.CHALLENGE_COLUMNS` to ``per_case.csv``, and writes
+        ``all_scores.csv`` and ``all_full_scores.csv`` as the challenge does.
     bootstrap, seed : int
         Resamples and seed of the intervals in ``summary.csv``.
     workers : int
@@ -79,6 +85,7 @@ def evaluate(
     ConfigError, ManifestError, DataError
         Where nothing can be scored: unusable arguments, manifest, folder, record or box table.
     """
+    _check_challenge(challenge)
     records = read_manifest(manifest)
     stored = read_record(predictions)
     record = replace(stored, run=run or stored.run, method=method or stored.method)
@@ -95,7 +102,7 @@ def evaluate(
             continue
         mine = None if table is None else tuple(table.get(case.case_id, ()))
         base = manifest.parent if root is None else root
-        jobs.append(Job(case, base, predictions, record, scored, mine, floor_source))
+        jobs.append(Job(case, base, predictions, record, scored, mine, floor_source, challenge))
     if not jobs:
         raise ManifestError("no case has a reference to score against", path=manifest, remedy="Fill the column seg.")
     results = list(_run(jobs, workers))
@@ -104,10 +111,15 @@ def evaluate(
     outcome.failed = [finding for finding in findings if finding.severity == "error"]
     # The floor comes after the method, whose rows most readers want first.
     rows = [row for result in results for row in result.rows] + [row for r in results for row in r.floor_rows]
-    write_table(out / "per_case.csv", PER_CASE_COLUMNS, rows)
+    columns = PER_CASE_COLUMNS if challenge is None else (*PER_CASE_COLUMNS, *CHALLENGE_COLUMNS)
+    write_table(out / "per_case.csv", columns, rows)
+    if challenge is not None:
+        own = [row for result in results for row in result.rows]
+        write_table(out / "all_scores.csv", *challenge_table(own, LESION_SCORES))
+        write_table(out / "all_full_scores.csv", *challenge_table(own, FULL_SCORES))
     write_table(out / "summary.csv", SUMMARY_COLUMNS, summarise(rows, bootstrap, seed))
     write_table(out / "failures.csv", FINDING_COLUMNS, [vars(finding) for finding in findings])
-    write_json(out / "summary.json", _summary([r.entry for r in results if r.entry is not None], record))
+    write_json(out / "summary.json", _summary([r.entry for r in results if r.entry is not None], record, challenge))
     return rows, outcome
 
 
@@ -123,6 +135,13 @@ def _run(jobs: Sequence[Job], workers: int) -> Iterator[CaseScores]:
             raise MedsamLoraError(
                 "a worker process was killed, most likely for want of memory", remedy="Use fewer --workers."
             ) from error
+
+
+def _check_challenge(name: str | None) -> None:
+    if name is not None and name not in CHALLENGES:
+        guess = nearest(name.lower(), list(CHALLENGES))
+        hint = f"Did you mean {guess}?" if guess else f"Known: {', '.join(CHALLENGES)}."
+        raise ConfigError(f"unknown challenge {name!r}", remedy=hint)
 
 
 def _wanted_regions(given: Sequence[str] | None, record: PredictionRecord) -> tuple[str, ...]:
@@ -193,7 +212,7 @@ def _unscored(case: CaseRecord, wanted: Sequence[str]) -> Finding:
     return Finding(case.case_id, case.files["seg"], "missing_reference", "warning", detail, "Score the region WT.")
 
 
-def _summary(entries: Sequence[Mapping[str, Any]], record: PredictionRecord) -> dict[str, Any]:
+def _summary(entries: Sequence[Mapping[str, Any]], record: PredictionRecord, challenge: str | None) -> dict[str, Any]:
     mean, foreground = nnunet_means([entry["metrics"] for entry in entries])
     left_out = {
         region: sum(region in e["metrics"] and e["metrics"][region]["Dice"] is None for e in entries) for region in mean
@@ -214,5 +233,6 @@ def _summary(entries: Sequence[Mapping[str, Any]], record: PredictionRecord) -> 
             "both_empty": "null here and left out of the means of Dice and IoU; 1 in per_case.csv and summary.csv",
             "both_empty_left_out": left_out,
             "one_empty": f"Dice and IoU 0 (distances {WORST_DISTANCE_MM:g} mm)",
+            **({} if challenge is None else {"challenge": challenge}),
         },
     }

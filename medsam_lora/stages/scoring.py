@@ -45,6 +45,7 @@ class Job:
     regions: tuple[str, ...]
     boxes: tuple[SliceBox, ...] | None
     floor_source: str
+    challenge: str | None = None
 
 
 @dataclass
@@ -97,11 +98,11 @@ def score_case(job: Job) -> CaseScores:
     for region, mask in masks.items():
         row = _identity(job, job.record.method, job.record.prompt_source, region, status)
         if prediction is None:
-            row |= failed_scores(mask, reference.geometry)
+            row |= failed_scores(mask, reference.geometry, job.challenge)
             entry["metrics"][region] = failed_nnunet_metrics(mask)
         else:
             comparison = Comparison(mask, prediction[region], reference.geometry)
-            row |= region_scores(comparison)
+            row |= region_scores(comparison, job.challenge)
             entry["metrics"][region] = nnunet_metrics(comparison.counts)
         scores.rows.append(row)
     scores.entry = entry
@@ -171,8 +172,8 @@ def _floor_row(job: Job, reference: np.ndarray, geometry: Geometry, status: str)
     lost = not boxes and status == "missing"
     row = _identity(job, FLOOR, job.floor_source, FLOOR_REGION, "missing" if lost else "ok")
     if lost:
-        return row | failed_scores(reference, geometry)
-    return row | region_scores(Comparison(reference, fill_boxes(boxes, geometry), geometry))
+        return row | failed_scores(reference, geometry, job.challenge)
+    return row | region_scores(Comparison(reference, fill_boxes(boxes, geometry), geometry), job.challenge)
 
 
 def _finding(case: CaseRecord, file: str, code: str, detail: str, remedy: str | None) -> Finding:

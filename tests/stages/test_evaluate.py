@@ -15,7 +15,14 @@ import pytest
 from medsam_lora.errors import ConfigError, DataError, ManifestError
 from medsam_lora.geometry import Geometry
 from medsam_lora.io.nifti import write_label_map
-from medsam_lora.io.tables import BOX_COLUMNS, FINDING_COLUMNS, MANIFEST_COLUMNS, PER_CASE_COLUMNS, write_table
+from medsam_lora.io.tables import (
+    BOX_COLUMNS,
+    CHALLENGE_COLUMNS,
+    FINDING_COLUMNS,
+    MANIFEST_COLUMNS,
+    PER_CASE_COLUMNS,
+    write_table,
+)
 from medsam_lora.stages.evaluate import evaluate
 
 SHAPE = (10, 10, 6)
@@ -413,6 +420,67 @@ def test_the_floor_of_cases_without_boxes(cohort: Cohort):
     rows, _ = cohort.evaluate(regions=["WT"])
     floor = {r["case_id"]: (r["dice"], r["status"]) for r in rows if r["method"] == "filled_box"}
     assert floor == {"boxed": (1.0, "ok"), "no_tumour": (1.0, "ok"), "never_predicted": (0.0, "missing")}
+
+
+def test_a_challenge_adds_its_columns_and_tables(cohort: Cohort):
+    # 32 voxels of 6 mm³ are one lesion that counts; the prediction finds slice 1 of 2 and has one voxel in vain.
+    half = np.where(np.arange(SHAPE[2]) == 1, TUMOUR, 0)
+    half[9, 9, 5] = 2
+    cohort.add("a", TUMOUR, TUMOUR)
+    cohort.add("b", TUMOUR, half)
+    cohort.add("c", TUMOUR)
+    plain, _ = cohort.evaluate(regions=["WT"])
+    before = cohort.table("per_case.csv")
+    assert not (cohort.out / "all_scores.csv").exists()
+    rows, outcome = cohort.evaluate(regions=["WT"], challenge="brats2023-men")
+    assert [f.case_id for f in outcome.failed] == ["c"]
+    with (cohort.out / "per_case.csv").open() as handle:
+        assert handle.readline().strip().split(",") == [*PER_CASE_COLUMNS, *CHALLENGE_COLUMNS]
+    after = cohort.table("per_case.csv")
+    assert [{key: line[key] for key in PER_CASE_COLUMNS} for line in after] == before
+    assert [{key: row[key] for key in PER_CASE_COLUMNS} for row in rows] == plain
+    exact, found, lost = rows
+    assert [exact[key] for key in ("hd95_mm", "nsd_1mm", "assd_mm", "specificity", "lesionwise_dice")] == [
+        0,
+        1,
+        0,
+        1,
+        1,
+    ]
+    assert (found["lesions_tp"], found["lesions_fp"], found["lesions_fn"]) == (1, 1, 0)
+    assert found["lesionwise_dice"] == (2 * 16 / 48) / 2
+    assert found["legacy_dice"] == found["dice"] == 2 * 16 / 49
+    assert (lost["status"], lost["lesionwise_dice"], lost["hd95_mm"], lost["lesions_fn"]) == ("missing", 0, 374, 1)
+    scores = {line["scan_id"]: line for line in cohort.table("all_scores.csv")}
+    assert [scores[case]["LesionWise_Dice_WT"] for case in "abc"] == ["1.0", repr(1 / 3), "0.0"]
+    assert [scores[case]["Num_FN_WT"] for case in "abc"] == ["0", "0", "1"]
+    full = {line["scan_id"]: line for line in cohort.table("all_full_scores.csv")}
+    assert list(full["a"]) == ["scan_id", "Dice_WT", "Hausdorff95_WT", "Sensitivity_WT", "Specificity_WT"]
+    assert float(full["mean"]["Dice_WT"]) == pytest.approx((1 + 32 / 49) / 3)
+    assert cohort.summary()["conventions"]["challenge"] == "brats2023-men"
+
+
+def test_distances_follow_the_spacing_of_the_files(cohort: Cohort):
+    # One slice of 3 mm further up; voxels are 2 x 1 x 3 mm.
+    cohort.add("a", TUMOUR, np.roll(TUMOUR, 1, axis=2))
+    (row,), _ = cohort.evaluate(regions=["WT"], challenge="brats2023-gli")
+    assert (row["hd95_mm"], row["lesionwise_hd95_mm"]) == (3.0, 3.0)
+
+
+def test_the_floor_is_scored_as_the_challenge_too(cohort: Cohort):
+    cohort.add("a", TUMOUR, TUMOUR)
+    boxes_of(cohort.predictions / "prompts.csv", ("a", 1, 1, 1, 5, 5), ("a", 2, 1, 1, 5, 5))
+    _, floor = cohort.evaluate(regions=["WT"], challenge="brats2023-gli", workers=2)[0]
+    assert (floor["method"], floor["lesionwise_dice"], floor["lesions_tp"]) == ("filled_box", 1.0, 1)
+    # The leaderboard tables are of the method alone: one line for the case and five that describe.
+    assert len(cohort.table("all_scores.csv")) == 6
+
+
+def test_an_unknown_challenge_is_refused_before_any_work(cohort: Cohort):
+    cohort.add("a", TUMOUR, TUMOUR)
+    with pytest.raises(ConfigError, match=r"unknown challenge 'brats2023-mem'.*Did you mean brats2023-me"):
+        cohort.evaluate(challenge="brats2023-mem")
+    assert not cohort.out.exists()
 
 
 def test_any_number_of_workers_gives_the_same_files(cohort: Cohort):
