@@ -243,3 +243,9 @@ def test_relative_weights_are_found_from_another_folder(
     monkeypatch.chdir(tmp_path / "elsewhere")
     again = load_segmenter(tmp_path / "run" / "adapter.safetensors")[0].sam
     assert again.base_sha256 == sha256_of(tmp_path / "base.pt")
+
+
+def test_tensorboard_events_are_an_extra(cohort: Cohort, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="TensorBoard is an extra: pip install 'medsam-lora[track]'")
+    train(cohort.manifest, cohort.store, tmp_path / "run", config(train={"tensorboard": True}), device="cpu")
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.*"))

@@ -207,3 +207,22 @@ def test_a_method_without_anything_to_train_is_refused() -> None:
             ),
             TrainConfig(),
         )
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_trains_float32_adapters(tmp_path: Path, training_cases: list[PreparedSlices], amp: str) -> None:
+    run = trainer(tmp_path / "s.pt", training_cases, [], epochs=2, amp=amp)
+    before = {name: tensor.clone() for name, tensor in run.segmenter.adapter_state().items()}
+    rows = run.fit()
+    after = run.segmenter.adapter_state()
+    assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in after.values())
+    assert sum(not torch.equal(before[name], after[name]) for name in after) > 0.9 * len(after)
+    assert rows[-1]["loss"] < rows[1]["loss"]
+
+
+def test_a_focal_share_and_adam_are_used(tmp_path: Path, training_cases: list[PreparedSlices]) -> None:
+    plain = trainer(tmp_path / "a.pt", training_cases, [], epochs=1)
+    focal = trainer(tmp_path / "b.pt", training_cases, [], epochs=1, focal_share=0.9, optimiser="adam")
+    assert type(plain.optimiser) is torch.optim.AdamW and type(focal.optimiser) is torch.optim.Adam
+    one, two = plain.fit()[-1], focal.fit()[-1]
+    assert two["loss"] < one["loss"], "focal terms are smaller than the cross-entropy they replace"
