@@ -56,11 +56,18 @@ def challenge_scores(comparison: Comparison, challenge: str) -> dict[str, Any]:
     >>> scores["hd95_mm"], scores["lesionwise_dice"], scores["lesions_tp"]
     (1.0, 0.75, 1)
     """
-    spacing = comparison.geometry.spacing_mm
+    surfaces = score(comparison, SURFACE_METRICS)
+    lesions = lesionwise(
+        comparison.reference,
+        comparison.prediction,
+        comparison.geometry.spacing_mm,
+        CHALLENGES[challenge],
+        surfaces["hd95_mm"],
+    )
     return {
-        **score(comparison, SURFACE_METRICS),
+        **surfaces,
         "specificity": specificity(comparison),
-        **_lesions(lesionwise(comparison.reference, comparison.prediction, spacing, CHALLENGES[challenge])),
+        **_lesions(lesions),
         **score(comparison, LEGACY_METRICS),
     }
 

@@ -77,7 +77,11 @@ class LesionScores:
 
 
 def lesionwise(
-    reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float], challenge: Challenge
+    reference: np.ndarray,
+    prediction: np.ndarray,
+    spacing_mm: Sequence[float],
+    challenge: Challenge,
+    hd95_mm: float | None = None,
 ) -> LesionScores:
     """Score a region lesion by lesion.
 
@@ -88,6 +92,9 @@ def lesionwise(
         Distance of voxel centres along each array axis.
     challenge : Challenge
         An entry of `CHALLENGES`.
+    hd95_mm : float, optional
+        HD95 of the whole masks where it is known. A tumour in one piece, the commonest case, is then not measured
+        twice.
 
     Returns
     -------
@@ -129,7 +136,11 @@ def lesionwise(
         both = _around([around, *(component_boxes[i - 1] for i in mine)])
         lesion, found = lesions[both] == number, np.isin(components[both], mine)
         dices.append(_dice(lesion, found))
-        distances.append(robust_hausdorff(surface_distances(lesion, found, spacing_mm)))
+        whole = len(lesion_boxes) == 1 and len(mine) == n_components
+        if hd95_mm is not None and whole:
+            distances.append(hd95_mm)
+        else:
+            distances.append(robust_hausdorff(surface_distances(lesion, found, spacing_mm)))
     fp = n_components - len(belonging)
     n = len(dices) + fp
     if not n:

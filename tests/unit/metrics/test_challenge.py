@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from medsam_lora.geometry import Geometry
 from medsam_lora.io.tables import CHALLENGE_COLUMNS
 from medsam_lora.metrics.challenge import challenge_scores, failed_challenge_scores
+from medsam_lora.metrics.lesionwise import CHALLENGES, LesionScores, lesionwise
 from medsam_lora.metrics.overlap import Comparison, specificity
 
 SHAPE = (20, 12, 10)
@@ -75,3 +77,16 @@ def test_specificity_of_a_full_reference():
     full = ~EMPTY
     assert specificity(Comparison(full, LESION, GRID)) == 1.0
     assert specificity(Comparison(EMPTY, full, GRID)) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_lesions_are_those_of_the_lesionwise_function(seed: int):
+    # Whole masks and lesions are measured once where they are the same; the numbers must not show it.
+    rng = np.random.default_rng(seed)
+    noise = [ndimage.gaussian_filter(rng.normal(size=SHAPE), 1.5 + seed / 2) for _ in range(2)]
+    pair = Comparison(noise[0] > 0.1, noise[0] + noise[1] / 2 > 0.1, GRID)
+    for name, challenge in CHALLENGES.items():
+        scores = challenge_scores(pair, name)
+        alone = lesionwise(pair.reference, pair.prediction, GRID.spacing_mm, challenge)
+        found = LesionScores(*(scores[c] for c in CHALLENGE_COLUMNS[5:10]))
+        assert found == alone

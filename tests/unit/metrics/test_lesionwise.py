@@ -134,6 +134,15 @@ def test_distances_are_in_millimetres():
     assert lesionwise(boxes(LEFT), shifted, (1.0, 1.0, 4.0), MEN).hd95_mm == 4.0
 
 
+def test_a_known_distance_is_used_for_one_lesion_of_all_components_only():
+    one, shifted = boxes(LEFT), boxes(((2, 2, 3), (8, 8, 9)))
+    assert lesionwise(one, shifted, UNIT, MEN).hd95_mm == 1.0
+    assert lesionwise(one, shifted, UNIT, MEN, hd95_mm=99.0).hd95_mm == 99.0
+    both = boxes(LEFT, RIGHT)
+    assert lesionwise(both, both, UNIT, MEN, hd95_mm=99.0).hd95_mm == 0.0
+    assert lesionwise(one, boxes(LEFT, RIGHT), UNIT, MEN, hd95_mm=99.0).hd95_mm == 187.0
+
+
 def slow(reference: np.ndarray, prediction: np.ndarray, spacing: tuple, challenge: Challenge) -> LesionScores:
     """Whole volumes, scipy's own operations, no boxes."""
     touching, element = np.ones((3, 3, 3)), ndimage.generate_binary_structure(3, 2)
