@@ -242,8 +242,10 @@ def _normals(piece: list[_Corner]) -> list[np.ndarray]:
     if flat.any():  # four in a face
         return [flat]
     degrees = [sum(int(np.abs(np.subtract(a, b)).sum()) == 1 for b in piece) for a in piece]
-    if max(degrees) == 3:  # a corner and its three neighbours: a hexagon
-        return [equal * 3 / 4]
+    if max(degrees) == 3:
+        # A corner and its three neighbours: a hexagon. In four triangles, as marching cubes has it, so that sums round
+        # as they do elsewhere: a percentile may lie exactly between two elements.
+        return [equal / 8, equal / 4, equal / 4, equal / 8]
     # A path along all three axes: a quadrilateral across the cell, and a triangle at either end of the path.
     one, other = (corner for corner, degree in zip(piece, degrees, strict=True) if degree == 2)
     middle = np.abs(np.subtract(one, other))
