@@ -49,6 +49,7 @@ TORCH_FREE_MODULES = {
     "medsam_lora.stages.manifest",
     "medsam_lora.stages.verify",
     "medsam_lora.stages.prepare",
+    "medsam_lora.stages.check_submission",
     "medsam_lora.stages.evaluate",
     "medsam_lora.stages.pipeline",
 }

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 import yaml
@@ -19,15 +20,19 @@ from medsam_lora import __version__, cli
 from medsam_lora.config import Config
 from medsam_lora.datasets.phantom import make_cohort
 from medsam_lora.errors import DataError
+from medsam_lora.geometry import Geometry
 from medsam_lora.io.manifest import read_manifest
+from medsam_lora.io.nifti import write_label_map
 from medsam_lora.models import MODELS
 from medsam_lora.peft import METHODS
 from medsam_lora.records import Finding
 from medsam_lora.stages import demo as demo_stage
 from medsam_lora.stages import info
+from medsam_lora.stages.check_submission import QFORM, SHAPE
 
 LEAVES = [
     *(["info"], ["verify"], ["prepare"], ["train"], ["predict"], ["evaluate"], ["run"], ["demo"], ["config"]),
+    ["check-submission"],
     *(["manifest", "build"], ["manifest", "export"], ["manifest", "import"]),
     *(["weights", "list"], ["weights", "path"], ["weights", "fetch"]),
 ]
@@ -224,6 +229,21 @@ def test_an_unknown_setting_stops_before_any_work(
     one_line(err, "error: ")
     assert "unknown key train.epoch; did you mean train.epochs?" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_submission_is_checked_file_by_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = Geometry(SHAPE, np.array(QFORM, float))
+    write_label_map(tmp_path / "s" / "BraTS-MEN-00004-000.nii.gz", np.zeros(SHAPE, np.uint8), grid)
+    assert call(capsys, "check-submission", tmp_path / "s") == (0, f"acceptable: {tmp_path / 's'}\n", "")
+    (tmp_path / "s" / "notes.txt").write_text("x")
+    write_label_map(tmp_path / "s" / "00005-000.nii.gz", np.full(SHAPE, 4), grid)
+    code, out, _ = call(capsys, "check-submission", tmp_path / "s")
+    assert code == 2
+    assert [line.split(": ")[:2] for line in out.splitlines()] == [
+        ["00005-000.nii.gz", "unexpected_label"],
+        ["notes.txt", "not_nii_gz"],
+        ["2 failures", str(tmp_path / "s")],
+    ]
 
 
 def test_an_error_is_one_line_and_its_traceback_is_for_debug(

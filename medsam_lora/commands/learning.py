@@ -1,4 +1,4 @@
-"""``train``, ``predict`` and ``evaluate``: from prepared slices to a table of Dice values."""
+"""``train``, ``predict``, ``evaluate`` and ``check-submission``: from prepared slices to scores, here or elsewhere."""
 
 from __future__ import annotations
 
@@ -98,6 +98,25 @@ def evaluate(
     for finding in outcome.failed:
         typer.echo(f"failed: {finding.case_id}: {finding.detail}", err=True)
     options.finish(outcome, "evaluated", out)
+
+
+def check_submission(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder whose files will be sent.")],
+    manifest: Annotated[
+        Path | None, typer.Option("--manifest", metavar="M.csv", help="The cases asked for [not checked].")
+    ] = None,
+) -> None:
+    """Check a folder by the BraTS submission rules; exit 2 on a failure."""
+    from medsam_lora.io.manifest import read_manifest
+    from medsam_lora.stages.check_submission import check_submission as check_folder
+
+    cases = None if manifest is None else [case.case_id for case in read_manifest(manifest)]
+    findings = check_folder(folder, cases)
+    for finding in findings:
+        typer.echo(f"{finding.file or finding.case_id}: {finding.code}: {finding.detail} -> {finding.remedy}")
+    count = f"{len(findings)} failure{'' if len(findings) == 1 else 's'}"
+    typer.echo(f"{count}: {folder}" if findings else f"acceptable: {folder}")
+    raise typer.Exit(2 if findings else 0)
 
 
 def _summary_line(row: Mapping[str, str]) -> str:
