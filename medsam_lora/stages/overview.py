@@ -23,7 +23,7 @@ from medsam_lora.stages.scoring import FLOOR
 from medsam_lora.transforms.orientation import oriented
 
 if TYPE_CHECKING:
-    from medsam_lora.stages.run import Workplace
+    from medsam_lora.stages.workplace import Workplace
 
 REFERENCE_COLOUR: Colour = (80, 220, 100)
 BOX_COLOUR: Colour = (90, 150, 255)

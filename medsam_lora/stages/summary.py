@@ -15,7 +15,7 @@ from medsam_lora.stages.scoring import FLOOR
 
 if TYPE_CHECKING:
     from medsam_lora.stages.pipeline import Method
-    from medsam_lora.stages.run import Workplace
+    from medsam_lora.stages.workplace import Workplace
 
 
 def write_summary(place: Workplace) -> str:

@@ -1,0 +1,62 @@
+"""The folder of one pipeline run, and what its stages know of each other."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from medsam_lora.records import Finding
+from medsam_lora.stages.pipeline import STAGES, Method, Pipeline
+
+
+@dataclass
+class Workplace:
+    """The folder of one pipeline run, and what its stages leave for each other."""
+
+    out: Path
+    pipeline: Pipeline
+    root: Path
+    device: str
+    workers: int
+    start: str | None = None
+    failures: list[Finding] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def runs(self, stage: str) -> bool:
+        """Whether a stage is asked for and not before ``--from``."""
+        late_enough = self.start is None or STAGES.index(stage) >= STAGES.index(self.start)
+        return stage in self.pipeline.settings.stages and late_enough
+
+    @property
+    def manifest(self) -> Path:
+        """The manifest of the cases that are used."""
+        return self.out / "manifest.csv"
+
+    def fold_manifests(self) -> list[tuple[str, Path]]:
+        """Name (empty where there are no folds) and manifest of every fold."""
+        n = self.pipeline.settings.folds
+        return (
+            [("", self.manifest)]
+            if n is None
+            else [(f"fold{f}", self.out / "folds" / f"fold{f}.csv") for f in range(n)]
+        )
+
+    def run_folder(self, method: Method, fold: str) -> Path:
+        """Folder of one method on one fold."""
+        folder = self.out / "runs" / method.label
+        return folder / fold if fold else folder
+
+
+class timed:
+    """Adds the seconds of a block to the workplace's record."""
+
+    def __init__(self, place: Workplace, name: str) -> None:
+        self.place, self.name = place, name
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self.started
+        self.place.seconds[self.name] = self.place.seconds.get(self.name, 0.0) + spent
