@@ -12,7 +12,7 @@ from medsam_lora.stages.run import run
 
 NOTICE = (
     "The demo uses a synthetic cohort and vit_nano, a SAM of a few million parameters that knows no patients.\n"
-    "vit_nano has no weights of its own yet, so the demo first trains it, for about a minute, on synthetic shapes\n"
+    "vit_nano has no weights of its own yet, so the demo first trains it, for a minute or two, on synthetic shapes\n"
     "that are not tumours. It shows how the program works; it says nothing about patients."
 )
 
