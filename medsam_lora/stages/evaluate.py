@@ -22,12 +22,11 @@ from medsam_lora.metrics import WORST_DISTANCE_MM
 from medsam_lora.metrics.lesionwise import CHALLENGES
 from medsam_lora.metrics.per_case import nnunet_means
 from medsam_lora.progress import track
+from medsam_lora.prompts import BOX_TABLE
 from medsam_lora.prompts.sources import read_box_table
 from medsam_lora.records import CaseRecord, Finding, SliceBox, StageOutcome
 from medsam_lora.stages.record import write_json
 from medsam_lora.stages.scoring import CaseScores, Job, score_case
-
-BOX_TABLE = "box_table"
 
 
 def evaluate(

@@ -28,6 +28,7 @@ from medsam_lora.models.assemble import choose_device, load_segmenter
 from medsam_lora.models.precision import resolve_amp
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.progress import track
+from medsam_lora.prompts import BOX_TABLE, REFERENCE_BOX
 from medsam_lora.prompts.sources import inside, on_grid, read_box_table, reference_boxes, write_box_table
 from medsam_lora.records import CaseRecord, CaseVolumes, Finding, SliceBox, StageOutcome
 from medsam_lora.stages.record import run_record, write_json
@@ -36,9 +37,6 @@ from medsam_lora.training.guards import peak_memory_mib
 from medsam_lora.transforms.stages import PreparePlan, crop_geometry, prepare_case
 
 logger = logging.getLogger(__name__)
-
-REFERENCE_BOX = "reference_box"
-BOX_TABLE = "box_table"
 
 
 @dataclass(frozen=True)

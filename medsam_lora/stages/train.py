@@ -26,6 +26,7 @@ from medsam_lora.models.checkpoint import save_adapter
 from medsam_lora.models.precision import resolve_amp
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft import method_spec
+from medsam_lora.prompts import REFERENCE_BOX
 from medsam_lora.records import PreparedSlices
 from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.training.dataset import PromptOptions, SliceDataset
@@ -112,7 +113,7 @@ def train(
         "amp": resolve_amp(config.train.amp, target),
         "peak_memory_mib": peak_memory_mib(target),
         "duration_s": time.perf_counter() - started,
-        "prompt_source": "reference_box",
+        "prompt_source": REFERENCE_BOX,
         "reload_check": check,
     }
     write_json(run / "run.json", record)

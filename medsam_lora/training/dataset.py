@@ -6,7 +6,7 @@ would have seen. Voxels stay memory-mapped; a slice is z-scored when it is asked
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,13 +142,6 @@ class SliceDataset:
             if flip:
                 z, masks, boxes = random_flip(z, masks, boxes, generator)
         return Sample(z, masks, boxes)
-
-    def batches(
-        self, items: Sequence[int], batch_size: int, seeds: Sequence[int] | None = None, flip: bool = False
-    ) -> Iterator[Batch]:
-        """Batches of the given items in their order; see `plan_batches` for batches of one size."""
-        for chunk in plan_batches(items, [self.shape(i) for i in items], batch_size):
-            yield self.batch(chunk, seeds, flip)
 
     def batch(self, items: Sequence[int], seeds: Sequence[int] | None = None, flip: bool = False) -> Batch:
         """Collate items of one size; `seeds` (such as seed and epoch) make each sample's generator."""
