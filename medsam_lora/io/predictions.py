@@ -37,6 +37,8 @@ class PredictionRecord:
         Voxel value to a key of `labels.REGIONS` or `labels.LABELS`; None for the case's label convention.
     cases : tuple of str, or None
         Ids that a prediction was asked for, the failed ones among them.
+    postprocess : str
+        What was done to the masks after the model, in words; ``none`` for nothing, as of other programs.
     """
 
     run: str
@@ -45,6 +47,7 @@ class PredictionRecord:
     regions: tuple[str, ...] | None
     meanings: Mapping[int, str] | None
     cases: tuple[str, ...] | None
+    postprocess: str = "none"
 
 
 def read_record(folder: Path) -> PredictionRecord:
@@ -133,7 +136,7 @@ def predicted_mask(label_map: np.ndarray, region: str, meanings: Mapping[int, fr
 def _parse(data: Any, name: str) -> PredictionRecord:
     if not isinstance(data, dict):
         raise ValueError("it must hold an object with keys")
-    texts = {"run": name, "method": name, "prompt_source": UNKNOWN_PROMPT}
+    texts = {"run": name, "method": name, "prompt_source": UNKNOWN_PROMPT, "postprocess": "none"}
     for key in texts:
         if key in data:
             if not isinstance(data[key], str) or not data[key]:

@@ -40,6 +40,7 @@ PER_CASE_COLUMNS: Final = (
     "n_slices",
     "prompt_source",
     "status",
+    "postprocess",
 )
 CHALLENGE_COLUMNS: Final = (
     "hd95_mm",
@@ -54,11 +55,17 @@ CHALLENGE_COLUMNS: Final = (
     "lesions_fn",
     "legacy_dice",
     "legacy_hd95_mm",
+    "challenge",
 )
 """What ``per_case.csv`` has behind `PER_CASE_COLUMNS` where a challenge was named."""
 SUMMARY_COLUMNS: Final = ("method", "region", "n_cases", "dice_mean", "dice_low", "dice_high")
 
 STATUSES: Final = ("ok", "missing", "wrong_grid", "wrong_label")
+
+
+def per_case_columns(challenge: str | None) -> tuple[str, ...]:
+    """Columns of ``per_case.csv``, with those of a challenge where one was named."""
+    return PER_CASE_COLUMNS if challenge is None else (*PER_CASE_COLUMNS, *CHALLENGE_COLUMNS)
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

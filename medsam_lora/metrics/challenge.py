@@ -69,6 +69,7 @@ def challenge_scores(comparison: Comparison, challenge: str) -> dict[str, Any]:
         "specificity": specificity(comparison),
         **_lesions(lesions),
         **score(comparison, LEGACY_METRICS),
+        "challenge": challenge,
     }
 
 
@@ -89,6 +90,7 @@ def failed_challenge_scores(reference: np.ndarray, geometry: Geometry, challenge
         # Not the scores of an empty prediction, which is right where the reference has no lesion that counts.
         **_lesions(LesionScores(0.0, WORST_DISTANCE_MM, 0, 0, missed.fn)),
         **worst_scores(LEGACY_METRICS),
+        "challenge": challenge,
     }
 
 

@@ -163,6 +163,7 @@ def _identity(job: Job, method: str, prompt_source: str, region: str, status: st
         "region": region,
         "prompt_source": prompt_source,
         "status": status,
+        "postprocess": job.record.postprocess,
     }
 
 

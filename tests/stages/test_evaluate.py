@@ -150,6 +150,7 @@ def test_per_case_csv_holds_the_rows_and_no_other_columns(cohort: Cohort):
         "n_slices": "2",
         "prompt_source": "unknown",
         "status": "ok",
+        "postprocess": "none",
     }
 
 
@@ -440,6 +441,7 @@ def test_a_challenge_adds_its_columns_and_tables(cohort: Cohort):
     assert [{key: line[key] for key in PER_CASE_COLUMNS} for line in after] == before
     assert [{key: row[key] for key in PER_CASE_COLUMNS} for row in rows] == plain
     exact, found, lost = rows
+    assert [row["challenge"] for row in rows] == ["brats2023-men"] * 3
     assert [exact[key] for key in ("hd95_mm", "nsd_1mm", "assd_mm", "specificity", "lesionwise_dice")] == [
         0,
         1,

@@ -67,6 +67,7 @@ def test_a_failed_prediction_has_the_worst_scores_even_of_an_empty_reference():
         scores = failed_challenge_scores(reference, GRID, "brats2023-men")
         assert tuple(scores) == CHALLENGE_COLUMNS
         assert {name: value for name, value in scores.items() if not name.startswith("lesions_")} == {
+            "challenge": "brats2023-men",
             **dict.fromkeys(["nsd_1mm", "nsd_2mm", "specificity", "lesionwise_dice", "legacy_dice"], 0.0),
             **dict.fromkeys(["hd95_mm", "assd_mm", "lesionwise_hd95_mm", "legacy_hd95_mm"], 374.0),
         }
