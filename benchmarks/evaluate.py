@@ -25,9 +25,9 @@ from scipy import ndimage
 from medsam_lora import labels
 from medsam_lora.geometry import Geometry
 from medsam_lora.metrics.lesionwise import CHALLENGES, Challenge
+from medsam_lora.metrics.marching_cubes import surface_areas
 from medsam_lora.metrics.overlap import Comparison
 from medsam_lora.metrics.per_case import region_scores
-from medsam_lora.metrics.surface import surface_areas
 
 SHAPE = (240, 240, 155)
 GRID = Geometry(SHAPE, np.array([[-1, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1.0]]))

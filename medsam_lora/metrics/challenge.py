@@ -15,14 +15,14 @@ from medsam_lora.metrics.surface import mean_distance, robust_hausdorff, surface
 
 
 def _hd95(comparison: Comparison) -> float:
-    return robust_hausdorff(comparison.surface)
+    return robust_hausdorff(comparison.surfaces.distances)
 
 
 SURFACE_METRICS: Final[Mapping[str, Metric]] = {
     "hd95_mm": Metric(_hd95, both_empty=0.0, worst=WORST_DISTANCE_MM),
-    "nsd_1mm": Metric(lambda c: surface_dice(c.surface, 1.0), both_empty=1.0, worst=0.0),
-    "nsd_2mm": Metric(lambda c: surface_dice(c.surface, 2.0), both_empty=1.0, worst=0.0),
-    "assd_mm": Metric(lambda c: mean_distance(c.surface), both_empty=0.0, worst=WORST_DISTANCE_MM),
+    "nsd_1mm": Metric(lambda c: surface_dice(c.surfaces.distances, 1.0), both_empty=1.0, worst=0.0),
+    "nsd_2mm": Metric(lambda c: surface_dice(c.surfaces.distances, 2.0), both_empty=1.0, worst=0.0),
+    "assd_mm": Metric(lambda c: mean_distance(c.surfaces.distances), both_empty=0.0, worst=WORST_DISTANCE_MM),
 }
 """Metrics of the surfaces of whole regions, by column."""
 
@@ -56,16 +56,15 @@ def challenge_scores(comparison: Comparison, challenge: str) -> dict[str, Any]:
     >>> scores["hd95_mm"], scores["lesionwise_dice"], scores["lesions_tp"]
     (1.0, 0.75, 1)
     """
-    surfaces = score(comparison, SURFACE_METRICS)
     lesions = lesionwise(
         comparison.reference,
         comparison.prediction,
         comparison.geometry.spacing_mm,
         CHALLENGES[challenge],
-        surfaces["hd95_mm"],
+        comparison.surfaces if comparison.counts.n_reference and comparison.counts.n_prediction else None,
     )
     return {
-        **surfaces,
+        **score(comparison, SURFACE_METRICS),
         "specificity": specificity(comparison),
         **_lesions(lesions),
         **score(comparison, LEGACY_METRICS),

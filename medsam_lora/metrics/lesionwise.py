@@ -24,7 +24,7 @@ from scipy import ndimage
 
 from medsam_lora.metrics import WORST_DISTANCE_MM
 from medsam_lora.metrics.overlap import count
-from medsam_lora.metrics.surface import bounding_box, robust_hausdorff, surface_distances
+from medsam_lora.metrics.surface import SurfacePair, bounding_box, robust_hausdorff, surface_pair
 
 _TOUCHING = np.ones((3, 3, 3), bool)
 
@@ -81,7 +81,7 @@ def lesionwise(
     prediction: np.ndarray,
     spacing_mm: Sequence[float],
     challenge: Challenge,
-    hd95_mm: float | None = None,
+    surfaces: SurfacePair | None = None,
 ) -> LesionScores:
     """Score a region lesion by lesion.
 
@@ -92,9 +92,8 @@ def lesionwise(
         Distance of voxel centres along each array axis.
     challenge : Challenge
         An entry of `CHALLENGES`.
-    hd95_mm : float, optional
-        HD95 of the whole masks where it is known. A tumour in one piece, the commonest case, is then not measured
-        twice.
+    surfaces : SurfacePair, optional
+        Those of the two masks, where they have been measured already.
 
     Returns
     -------
@@ -109,8 +108,8 @@ def lesionwise(
     >>> lesionwise(reference, prediction, (1.0, 1.0, 1.0), CHALLENGES["brats2023-men"])
     LesionScores(dice=0.5, hd95_mm=187.0, tp=1, fp=1, fn=0)
     """
-    # What lies outside the box of both masks and of what the dilation reaches has no part in any number.
-    box = bounding_box(reference | prediction, challenge.dilation_steps)
+    # What lies outside the box of both masks has no part in any number, and dilations touch inside it where they do.
+    box = bounding_box(reference | prediction)
     if box is None:
         return LesionScores(1.0, 0.0, 0, 0, 0)
     lesions = merged_lesions(reference[box], challenge.dilation_steps)
@@ -118,34 +117,65 @@ def lesionwise(
     # The file format has float32 spacings, so that 50 voxels of 1.00000001 mm are no more than 50 mm³.
     voxel_mm3 = float(np.prod(np.asarray(spacing_mm, np.float32).astype(np.float64)))
     lesion_boxes, component_boxes = ndimage.find_objects(lesions), ndimage.find_objects(components)
+    matches: list[tuple[int, list[int]]] = []
     belonging: set[int] = set()
     dices: list[float] = []
-    distances: list[float] = []
-    tp = 0
     for number, around in enumerate(lesion_boxes, start=1):
         mine = _touching(lesions, number, around, components, challenge.dilation_steps)
         belonging.update(mine)
         volume = np.count_nonzero(lesions[around] == number) * voxel_mm3
         if volume <= challenge.ignored_volume_mm3:
             continue
+        matches.append((number, mine))
         if not mine:
             dices.append(0.0)
-            distances.append(WORST_DISTANCE_MM)
             continue
-        tp += 1
         both = _around([around, *(component_boxes[i - 1] for i in mine)])
-        lesion, found = lesions[both] == number, np.isin(components[both], mine)
-        dices.append(_dice(lesion, found))
-        whole = len(lesion_boxes) == 1 and len(mine) == n_components
-        if hd95_mm is not None and whole:
-            distances.append(hd95_mm)
-        else:
-            distances.append(robust_hausdorff(surface_distances(lesion, found, spacing_mm)))
-    fp = n_components - len(belonging)
+        dices.append(_dice(lesions[both] == number, np.isin(components[both], mine)))
+    fp, tp = n_components - len(belonging), sum(bool(mine) for _, mine in matches)
     n = len(dices) + fp
     if not n:
         return LesionScores(1.0, 0.0, 0, 0, 0)
+    if tp and surfaces is None:
+        surfaces = surface_pair(reference, prediction, spacing_mm)
+    start = np.array([axis.start for axis in box])
+    distances = _distances(matches, lesions, components, start, surfaces)
     return LesionScores(sum(dices) / n, (sum(distances) + WORST_DISTANCE_MM * fp) / n, tp, fp, len(dices) - tp)
+
+
+def _distances(
+    matches: Sequence[tuple[int, list[int]]],
+    lesions: np.ndarray,
+    components: np.ndarray,
+    start: np.ndarray,
+    surfaces: SurfacePair | None,
+) -> list[float]:
+    """HD95 of every lesion that counts against the components that belong to it."""
+    if surfaces is None:
+        return [WORST_DISTANCE_MM for _ in matches]
+    whole = lesions.max() == 1 and all(len(mine) == components.max() for _, mine in matches)
+    if whole:
+        return [robust_hausdorff(surfaces.distances) if mine else WORST_DISTANCE_MM for _, mine in matches]
+    lesion_of = _numbers_at(surfaces.reference.points - start, lesions)
+    component_of = _numbers_at(surfaces.prediction.points - start, components)
+    return [
+        robust_hausdorff(surfaces.between(lesion_of == number, np.isin(component_of, mine)))
+        if mine
+        else WORST_DISTANCE_MM
+        for number, mine in matches
+    ]
+
+
+def _numbers_at(points: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Of which lesion or component a surface element is: that of any voxel set around its lattice point."""
+    padded = np.pad(numbers, 1)
+    strides = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
+    flat, places = padded.ravel(), points @ strides
+    found = flat[places]
+    for corner in np.ndindex(2, 2, 2):
+        # Of one number only, as lesions and components do not touch one another by a corner.
+        np.maximum(found, flat[places + int(np.array(corner) @ strides)], out=found)
+    return found
 
 
 def merged_lesions(reference: np.ndarray, steps: int) -> np.ndarray:

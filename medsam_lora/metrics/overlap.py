@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from medsam_lora.geometry import Geometry
-from medsam_lora.metrics.surface import SurfaceDistances, surface_distances
+from medsam_lora.metrics.surface import SurfacePair, surface_pair
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ class Comparison:
     ----------
     reference, prediction : ndarray of bool, shape geometry.shape
     geometry : Geometry
-        Of the native grid, for metrics in millimetres.
+        Of the masks' grid, for metrics in millimetres: the native one, or the part of it that shows anything.
+    n_outside : int
+        Voxels of the native grid that were cut off because both masks are empty there: true negatives. No other
+        metric sees a difference.
 
     Raises
     ------
@@ -63,6 +66,7 @@ class Comparison:
     reference: np.ndarray
     prediction: np.ndarray
     geometry: Geometry
+    n_outside: int = 0
 
     def __post_init__(self) -> None:
         for name, mask in (("reference", self.reference), ("prediction", self.prediction)):
@@ -74,12 +78,13 @@ class Comparison:
     @cached_property
     def counts(self) -> Counts:
         """Voxel counts, taken once for all metrics."""
-        return count(self.reference, self.prediction)
+        counts = count(self.reference, self.prediction)
+        return replace(counts, tn=counts.tn + self.n_outside)
 
     @cached_property
-    def surface(self) -> SurfaceDistances:
-        """Distances of the surfaces, measured once for all metrics."""
-        return surface_distances(self.reference, self.prediction, self.geometry.spacing_mm)
+    def surfaces(self) -> SurfacePair:
+        """The surfaces, measured once for all metrics."""
+        return surface_pair(self.reference, self.prediction, self.geometry.spacing_mm)
 
 
 def count(reference: np.ndarray, prediction: np.ndarray) -> Counts:

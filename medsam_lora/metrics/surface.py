@@ -15,10 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
-from scipy.spatial import cKDTree
+
+from medsam_lora.metrics.marching_cubes import neighbour_codes, surface_areas
+from medsam_lora.metrics.nearest import Nearest, nearest
 
 PERCENTILE = 95.0
 
@@ -42,8 +45,83 @@ class SurfaceDistances:
     prediction_areas: np.ndarray
 
 
-def surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]) -> SurfaceDistances:
-    """Measure two masks of one grid.
+class SurfaceElements(NamedTuple):
+    """Where a mask's surface stands on the lattice of voxel corners, and how much of it.
+
+    Parameters
+    ----------
+    points : ndarray of int64, shape (N, 3)
+        Lattice point ``i`` is the corner between the voxels ``i - 1`` and ``i`` along each axis.
+    areas : ndarray of float64, shape (N,)
+        In mm².
+    """
+
+    points: np.ndarray
+    areas: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class SurfacePair:
+    """The surfaces of two masks of one grid, and where each lies nearest to the other: made by `surface_pair`.
+
+    Parameters
+    ----------
+    reference, prediction : SurfaceElements
+    from_reference, from_prediction : Nearest
+        For the elements of one mask, in their order, the nearest element of the other.
+    spacing_mm : tuple of float, length 3
+    """
+
+    reference: SurfaceElements
+    prediction: SurfaceElements
+    from_reference: Nearest
+    from_prediction: Nearest
+    spacing_mm: tuple[float, float, float]
+
+    @cached_property
+    def distances(self) -> SurfaceDistances:
+        """Distances between the whole masks."""
+        return _distances(
+            self.from_reference.distances,
+            self.from_prediction.distances,
+            self.reference.areas,
+            self.prediction.areas,
+        )
+
+    def between(self, of_reference: np.ndarray, of_prediction: np.ndarray) -> SurfaceDistances:
+        """Distances between parts of the masks.
+
+        Components of a mask that do not touch by a corner have no element in common, and each has in the whole mask
+        the elements it has alone. So only elements whose nearest one is of another part are measured again.
+
+        Parameters
+        ----------
+        of_reference, of_prediction : ndarray of bool, shape (N,) and (M,)
+            Which elements are those of the part.
+
+        Returns
+        -------
+        SurfaceDistances
+        """
+        return _distances(
+            self._part(self.reference, self.prediction, self.from_reference, of_reference, of_prediction),
+            self._part(self.prediction, self.reference, self.from_prediction, of_prediction, of_reference),
+            self.reference.areas[of_reference],
+            self.prediction.areas[of_prediction],
+        )
+
+    def _part(
+        self, own: SurfaceElements, other: SurfaceElements, found: Nearest, of_own: np.ndarray, of_other: np.ndarray
+    ) -> np.ndarray:
+        distances = found.distances[of_own]
+        lost = ~of_other[found.index[of_own]]
+        if lost.any():
+            distances[lost] = nearest(own.points[of_own][lost], other.points[of_other], self.spacing_mm).distances
+        return distances
+
+
+def surface_pair(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]) -> SurfacePair:
+    """Measure two masks of one grid against each other.
 
     Parameters
     ----------
@@ -54,7 +132,16 @@ def surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing_mm:
 
     Returns
     -------
-    SurfaceDistances
+    SurfacePair
+    """
+    x, y, z = (float(step) for step in spacing_mm)
+    ours, theirs = surface_elements(reference, (x, y, z)), surface_elements(prediction, (x, y, z))
+    there, back = nearest(ours.points, theirs.points, (x, y, z)), nearest(theirs.points, ours.points, (x, y, z))
+    return SurfacePair(ours, theirs, there, back, (x, y, z))
+
+
+def surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]) -> SurfaceDistances:
+    """Distances between the surfaces of two masks of one grid; see `surface_pair`.
 
     Examples
     --------
@@ -64,11 +151,7 @@ def surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing_mm:
     >>> robust_hausdorff(distances), surface_dice(distances, 2.0)
     (2.0, 1.0)
     """
-    ours, our_areas = surface_elements(reference, spacing_mm)
-    theirs, their_areas = surface_elements(prediction, spacing_mm)
-    from_reference, reference_areas = _ascending(_nearest(ours, theirs, spacing_mm), our_areas)
-    from_prediction, prediction_areas = _ascending(_nearest(theirs, ours, spacing_mm), their_areas)
-    return SurfaceDistances(from_reference, from_prediction, reference_areas, prediction_areas)
+    return surface_pair(reference, prediction, spacing_mm).distances
 
 
 def robust_hausdorff(distances: SurfaceDistances, percent: float = PERCENTILE) -> float:
@@ -104,8 +187,8 @@ def mean_distance(distances: SurfaceDistances) -> float:
     return float(total / (distances.reference_areas.sum() + distances.prediction_areas.sum()))
 
 
-def surface_elements(mask: np.ndarray, spacing_mm: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Where a mask's surface stands on the lattice of voxel corners, and the area of each of its elements.
+def surface_elements(mask: np.ndarray, spacing_mm: Sequence[float]) -> SurfaceElements:
+    """The surface of a mask.
 
     Parameters
     ----------
@@ -114,19 +197,18 @@ def surface_elements(mask: np.ndarray, spacing_mm: Sequence[float]) -> tuple[np.
 
     Returns
     -------
-    points : ndarray of int64, shape (N, 3)
-        Lattice point ``i`` is the corner between the voxels ``i - 1`` and ``i`` along each axis.
-    areas : ndarray of float64, shape (N,)
-        In mm².
+    SurfaceElements
+        In the order of the lattice points.
     """
     box = bounding_box(mask)
     if box is None:
-        return np.zeros((0, 3), np.int64), np.zeros(0)
+        return SurfaceElements(np.zeros((0, 3), np.int64), np.zeros(0))
     codes = neighbour_codes(mask[box])
-    found = np.flatnonzero((codes != 0) & (codes != 255))
+    # 0 and 255 are the cells without surface; in unsigned bytes, the two ends meet.
+    found = np.flatnonzero(codes + np.uint8(1) > 1)
     points = np.stack(np.unravel_index(found, codes.shape), axis=1) + [axis.start for axis in box]
     x, y, z = (float(step) for step in spacing_mm)
-    return points, surface_areas(x, y, z)[codes.ravel()[found]]
+    return SurfaceElements(points, surface_areas(x, y, z)[codes.ravel()[found]])
 
 
 def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, slice, slice] | None:
@@ -150,124 +232,10 @@ def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, slice, slice
     return a, b, c
 
 
-def neighbour_codes(mask: np.ndarray) -> np.ndarray:
-    """Which of the eight voxels around every lattice point are set, one bit each.
-
-    Parameters
-    ----------
-    mask : ndarray of bool, shape (X, Y, Z)
-
-    Returns
-    -------
-    ndarray of uint8, shape (X + 1, Y + 1, Z + 1)
-        Bit ``7 - (4 a + 2 b + c)`` is that of the voxel ``(i - 1 + a, j - 1 + b, k - 1 + c)``.
-    """
-    codes = np.zeros([n + 1 for n in mask.shape], np.uint8)
-    voxels = mask.view(np.uint8) if mask.flags.c_contiguous else mask.astype(np.uint8)
-    for bit in range(8):
-        a, b, c = 1 - (bit >> 2 & 1), 1 - (bit >> 1 & 1), 1 - (bit & 1)
-        shifted = tuple(slice(1 - s, 1 - s + n) for s, n in zip((a, b, c), mask.shape, strict=True))
-        codes[shifted] |= voxels << np.uint8(bit)
-    return codes
-
-
-@lru_cache(maxsize=64)
-def surface_areas(x_mm: float, y_mm: float, z_mm: float) -> np.ndarray:
-    """Area of the marching-cubes surface in a cell of 2 x 2 x 2 voxel centres, for all 256 neighbour codes.
-
-    The surface cuts every edge between a set and an unset corner in its middle. Corners joined by edges have one
-    piece around them, the others their own; more than four corners have the surface of the unset ones.
-
-    Parameters
-    ----------
-    x_mm, y_mm, z_mm : float
-        Edges of the cell: the voxel spacing.
-
-    Returns
-    -------
-    ndarray of float64, shape (256,)
-        In mm², read-only.
-
-    Examples
-    --------
-    >>> flat = 0b11110000  # the four voxels of lower x
-    >>> float(surface_areas(2.0, 3.0, 5.0)[flat])
-    15.0
-    """
-    faces = np.array([y_mm * z_mm, x_mm * z_mm, x_mm * y_mm])
-    areas = np.zeros(256)
-    for code in range(256):
-        corners = {(7 - bit >> 2 & 1, 7 - bit >> 1 & 1, 7 - bit & 1) for bit in range(8) if code >> bit & 1}
-        if len(corners) > 4:
-            corners = {tuple(map(int, corner)) for corner in np.ndindex(2, 2, 2)} - corners  # type: ignore[assignment]
-        areas[code] = sum(
-            float(np.linalg.norm(faces * normal)) for piece in _joined(corners) for normal in _normals(piece)
-        )
-    areas.setflags(write=False)
-    return areas
-
-
-_Corner = tuple[int, int, int]
-
-
-def _joined(corners: set[_Corner]) -> list[list[_Corner]]:
-    """Corners of a cell grouped into those that edges join."""
-    left, groups = set(corners), []
-    while left:
-        group = [left.pop()]
-        for corner in group:
-            touching = {other for other in left if np.abs(np.subtract(corner, other)).sum() == 1}
-            group += sorted(touching)
-            left -= touching
-        groups.append(group)
-    return groups
-
-
-def _normals(piece: list[_Corner]) -> list[np.ndarray]:
-    """Normals of the planar parts of the surface around joined corners, as shares of the cell's three faces.
-
-    The length of a normal in a cell of spacing (x, y, z), after multiplication with the faces (yz, xz, xy), is the
-    part's area; signs do not matter for it. Obtained by cutting the polygon of edge middles into planar parts.
-    """
-    along = [np.abs(np.subtract(a, b)) for i, a in enumerate(piece) for b in piece[:i]]
-    edges = [step for step in along if step.sum() == 1]
-    equal = np.ones(3)
-    if len(piece) == 1:  # a triangle that cuts the corner off
-        return [equal / 8]
-    if len(piece) == 2:  # a rectangle along the edge
-        return [(equal - edges[0]) / 2]
-    flat = equal - np.any(edges, axis=0)
-    if len(piece) == 3:  # an L in a face: half that face, and a trapezium across the cell
-        return [flat / 2, equal * 3 / 8]
-    if flat.any():  # four in a face
-        return [flat]
-    degrees = [sum(int(np.abs(np.subtract(a, b)).sum()) == 1 for b in piece) for a in piece]
-    if max(degrees) == 3:
-        # A corner and its three neighbours: a hexagon. In four triangles, as marching cubes has it, so that sums round
-        # as they do elsewhere: a percentile may lie exactly between two elements.
-        return [equal / 8, equal / 4, equal / 4, equal / 8]
-    # A path along all three axes: a quadrilateral across the cell, and a triangle at either end of the path.
-    one, other = (corner for corner, degree in zip(piece, degrees, strict=True) if degree == 2)
-    middle = np.abs(np.subtract(one, other))
-    ends = [np.eye(3)[axis] for axis in range(3) if not middle[axis]]
-    return [equal / 2, *((middle + end) / 4 for end in ends)]
-
-
-def _nearest(points: np.ndarray, others: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
-    """Distance in mm of every lattice point to the nearest of the others; infinite where there is none."""
-    if not len(points) or not len(others):
-        return np.full(len(points), np.inf)
-    spacing = np.asarray(spacing_mm, np.float64)
-    # Any balance of the tree gives the same neighbours; the sliding midpoint is built several times faster.
-    _, index = cKDTree(others * spacing, balanced_tree=False, compact_nodes=False).query(points * spacing)
-    # From whole steps again: products with the spacing round, and elements at one distance must compare as equal.
-    return np.sqrt((((points - others[index]) * spacing) ** 2).sum(axis=1))
-
-
-def _ascending(distances: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _distances(there: np.ndarray, back: np.ndarray, own: np.ndarray, other: np.ndarray) -> SurfaceDistances:
     # By area within one distance, as the evaluation of BraTS does: the sum it compares with 0.95 depends on it.
-    order = np.lexsort((areas, distances))
-    return distances[order], areas[order]
+    first, second = np.lexsort((own, there)), np.lexsort((other, back))
+    return SurfaceDistances(there[first], back[second], own[first], other[second])
 
 
 def _percentile(distances: np.ndarray, areas: np.ndarray, percent: float) -> float:

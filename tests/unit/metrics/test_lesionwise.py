@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from medsam_lora.metrics import WORST_DISTANCE_MM
 from medsam_lora.metrics.lesionwise import CHALLENGES, Challenge, LesionScores, dilated, lesionwise, merged_lesions
-from medsam_lora.metrics.surface import robust_hausdorff, surface_distances
+from medsam_lora.metrics.surface import robust_hausdorff, surface_distances, surface_pair
 
 UNIT = (1.0, 1.0, 1.0)
 MEN, GLI, MET = (CHALLENGES[f"brats2023-{name}"] for name in ("men", "gli", "met"))
@@ -134,13 +134,14 @@ def test_distances_are_in_millimetres():
     assert lesionwise(boxes(LEFT), shifted, (1.0, 1.0, 4.0), MEN).hd95_mm == 4.0
 
 
-def test_a_known_distance_is_used_for_one_lesion_of_all_components_only():
-    one, shifted = boxes(LEFT), boxes(((2, 2, 3), (8, 8, 9)))
-    assert lesionwise(one, shifted, UNIT, MEN).hd95_mm == 1.0
-    assert lesionwise(one, shifted, UNIT, MEN, hd95_mm=99.0).hd95_mm == 99.0
-    both = boxes(LEFT, RIGHT)
-    assert lesionwise(both, both, UNIT, MEN, hd95_mm=99.0).hd95_mm == 0.0
-    assert lesionwise(one, boxes(LEFT, RIGHT), UNIT, MEN, hd95_mm=99.0).hd95_mm == 187.0
+def test_surfaces_measured_before_give_the_same_scores():
+    one, shifted, both = boxes(LEFT), boxes(((2, 2, 3), (8, 8, 9))), boxes(LEFT, RIGHT)
+    for reference, prediction in itertools.product((one, shifted, both), repeat=2):
+        pair = surface_pair(reference, prediction, UNIT)
+        assert lesionwise(reference, prediction, UNIT, MEN, pair) == lesionwise(reference, prediction, UNIT, MEN)
+    # They are used: surfaces of a prediction 3 voxels further give another distance.
+    pair = surface_pair(one, boxes(((2, 2, 5), (8, 8, 11))), UNIT)
+    assert lesionwise(one, shifted, UNIT, MEN, pair).hd95_mm == 3.0
 
 
 def slow(reference: np.ndarray, prediction: np.ndarray, spacing: tuple, challenge: Challenge) -> LesionScores:

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from medsam_lora.metrics.marching_cubes import neighbour_codes, surface_areas
 from medsam_lora.metrics.surface import (
     bounding_box,
     mean_distance,
-    neighbour_codes,
     robust_hausdorff,
-    surface_areas,
     surface_dice,
     surface_distances,
     surface_elements,
