@@ -41,6 +41,7 @@ PER_CASE_COLUMNS: Final = (
     "prompt_source",
     "status",
     "postprocess",
+    "volume_difference_ml",
 )
 CHALLENGE_COLUMNS: Final = (
     "hd95_mm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -28,8 +29,8 @@ def region_scores(comparison: Comparison, challenge: str | None = None) -> dict[
     Returns
     -------
     dict
-        Every key of `METRICS`, and ``reference_volume_ml``, ``prediction_volume_ml``, ``n_slices``; then those of
-        `challenge_scores`.
+        Every key of `METRICS`, and ``reference_volume_ml``, ``prediction_volume_ml``, ``n_slices`` and
+        ``volume_difference_ml`` (prediction minus reference); then those of `challenge_scores`.
     """
     counts, ml = comparison.counts, comparison.geometry.voxel_volume_ml
     shown = comparison.reference | comparison.prediction
@@ -38,12 +39,14 @@ def region_scores(comparison: Comparison, challenge: str | None = None) -> dict[
         "reference_volume_ml": counts.n_reference * ml,
         "prediction_volume_ml": counts.n_prediction * ml,
         "n_slices": slices_showing(shown, comparison.geometry),
+        # From counts, so that equal volumes differ by 0 and not by a rounding.
+        "volume_difference_ml": (counts.n_prediction - counts.n_reference) * ml,
         **({} if challenge is None else challenge_scores(comparison, challenge)),
     }
 
 
 def failed_scores(reference: np.ndarray, geometry: Geometry, challenge: str | None = None) -> dict[str, Any]:
-    """The scored columns of a prediction that is missing or unusable: the worst scores, no prediction volume.
+    """The scored columns of a prediction that is missing or unusable: the worst scores, no volume of a prediction.
 
     Parameters
     ----------
@@ -57,6 +60,7 @@ def failed_scores(reference: np.ndarray, geometry: Geometry, challenge: str | No
         "reference_volume_ml": int(np.count_nonzero(reference)) * geometry.voxel_volume_ml,
         "prediction_volume_ml": None,
         "n_slices": slices_showing(reference, geometry),
+        "volume_difference_ml": None,
         **({} if challenge is None else failed_challenge_scores(reference, geometry, challenge)),
     }
 
@@ -83,20 +87,20 @@ def slices_showing(mask: np.ndarray, geometry: Geometry) -> int:
     return int(np.count_nonzero(mask.any(axis=others)))
 
 
-def nnunet_metrics(counts: Counts) -> dict[str, float | int | None]:
-    """The metrics of one case and region under nnU-Net's names; both masks empty gives None for Dice and IoU.
+def nnunet_metrics(counts: Counts) -> dict[str, float | int]:
+    """The metrics of one case and region under nnU-Net's names; both masks empty gives NaN for Dice and IoU.
 
     Examples
     --------
     >>> nnunet_metrics(Counts(tp=1, fp=1, fn=0, tn=6))["IoU"]
     0.5
-    >>> nnunet_metrics(Counts(tp=0, fp=0, fn=0, tn=8))["Dice"] is None
-    True
+    >>> nnunet_metrics(Counts(tp=0, fp=0, fn=0, tn=8))["Dice"]
+    nan
     """
     union = counts.tp + counts.fp + counts.fn
     return {
-        "Dice": 2 * counts.tp / (union + counts.tp) if union else None,
-        "IoU": counts.tp / union if union else None,
+        "Dice": 2 * counts.tp / (union + counts.tp) if union else math.nan,
+        "IoU": counts.tp / union if union else math.nan,
         "TP": counts.tp,
         "FP": counts.fp,
         "FN": counts.fn,
@@ -106,15 +110,15 @@ def nnunet_metrics(counts: Counts) -> dict[str, float | int | None]:
     }
 
 
-def failed_nnunet_metrics(reference: np.ndarray) -> dict[str, float | int | None]:
+def failed_nnunet_metrics(reference: np.ndarray) -> dict[str, float | int]:
     """The metrics of an unusable prediction: counted as an empty one, with Dice and IoU 0 even where both are empty."""
     n = int(np.count_nonzero(reference))
     return {**nnunet_metrics(Counts(tp=0, fp=0, fn=n, tn=reference.size - n)), "Dice": 0.0, "IoU": 0.0}
 
 
 def nnunet_means(
-    cases: Iterable[Mapping[str, Mapping[str, float | int | None]]],
-) -> tuple[dict[str, dict[str, float | None]], dict[str, float | None]]:
+    cases: Iterable[Mapping[str, Mapping[str, float | int]]],
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """The ``mean`` and ``foreground_mean`` blocks: over the cases, and of that over the regions.
 
     Parameters
@@ -125,13 +129,13 @@ def nnunet_means(
     Returns
     -------
     mean : dict of str to dict
-        Region to metric to mean over the cases where it is not None; None where it is None in all of them.
-    foreground_mean : dict of str to (float or None)
-        None where a region has None, as nnU-Net's mean over regions is NaN there.
+        Region to metric to mean over the cases where it is not NaN; NaN where it is NaN in all of them.
+    foreground_mean : dict of str to float
+        NaN where a region has NaN, as in nnU-Net.
 
     Examples
     --------
-    >>> mean, foreground = nnunet_means([{"WT": {"Dice": 0.5}}, {"WT": {"Dice": None}}, {"WT": {"Dice": 1.0}}])
+    >>> mean, foreground = nnunet_means([{"WT": {"Dice": 0.5}}, {"WT": {"Dice": math.nan}}, {"WT": {"Dice": 1.0}}])
     >>> mean, foreground
     ({'WT': {'Dice': 0.75}}, {'Dice': 0.75})
     """
@@ -140,18 +144,12 @@ def nnunet_means(
         for region, metrics in case.items():
             lists = gathered.setdefault(region, {name: [] for name in metrics})
             for name, value in metrics.items():
-                if value is not None:
+                if not math.isnan(value):
                     lists[name].append(value)
     mean = {region: {name: _mean(values) for name, values in lists.items()} for region, lists in gathered.items()}
     names = list(next(iter(mean.values()), {}))
-    foreground = {name: _mean_of_all([means[name] for means in mean.values()]) for name in names}
-    return mean, foreground
+    return mean, {name: _mean([means[name] for means in mean.values()]) for name in names}
 
 
-def _mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def _mean_of_all(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return _mean(known) if len(known) == len(values) else None
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else math.nan

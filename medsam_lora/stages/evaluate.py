@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +18,7 @@ from medsam_lora.config import nearest
 from medsam_lora.errors import ConfigError, ManifestError, MedsamLoraError
 from medsam_lora.io.manifest import read_manifest
 from medsam_lora.io.predictions import PROMPTS_NAME, PredictionRecord, predicted_cases, read_record
-from medsam_lora.io.tables import CHALLENGE_COLUMNS, FINDING_COLUMNS, PER_CASE_COLUMNS, SUMMARY_COLUMNS, write_table
+from medsam_lora.io.tables import FINDING_COLUMNS, SUMMARY_COLUMNS, per_case_columns, write_table
 from medsam_lora.metrics import WORST_DISTANCE_MM
 from medsam_lora.metrics.lesionwise import CHALLENGES
 from medsam_lora.metrics.per_case import nnunet_means
@@ -110,8 +111,7 @@ def evaluate(
     outcome.failed = [finding for finding in findings if finding.severity == "error"]
     # The floor comes after the method, whose rows most readers want first.
     rows = [row for result in results for row in result.rows] + [row for r in results for row in r.floor_rows]
-    columns = PER_CASE_COLUMNS if challenge is None else (*PER_CASE_COLUMNS, *CHALLENGE_COLUMNS)
-    write_table(out / "per_case.csv", columns, rows)
+    write_table(out / "per_case.csv", per_case_columns(challenge), rows)
     if challenge is not None:
         own = [row for result in results for row in result.rows]
         write_table(out / "all_scores.csv", *challenge_table(own, LESION_SCORES))
@@ -214,7 +214,8 @@ def _unscored(case: CaseRecord, wanted: Sequence[str]) -> Finding:
 def _summary(entries: Sequence[Mapping[str, Any]], record: PredictionRecord, challenge: str | None) -> dict[str, Any]:
     mean, foreground = nnunet_means([entry["metrics"] for entry in entries])
     left_out = {
-        region: sum(region in e["metrics"] and e["metrics"][region]["Dice"] is None for e in entries) for region in mean
+        region: sum(region in e["metrics"] and math.isnan(e["metrics"][region]["Dice"]) for e in entries)
+        for region in mean
     }
     return {
         "foreground_mean": foreground,
@@ -229,7 +230,7 @@ def _summary(entries: Sequence[Mapping[str, Any]], record: PredictionRecord, cha
             "n_cases": len(entries),
             "n_failed": sum(entry["status"] != "ok" for entry in entries),
             "failed_cases": "a missing or unusable prediction counts with Dice and IoU 0, as an empty one",
-            "both_empty": "null here and left out of the means of Dice and IoU; 1 in per_case.csv and summary.csv",
+            "both_empty": "NaN here and left out of the means of Dice and IoU; 1 in per_case.csv and summary.csv",
             "both_empty_left_out": left_out,
             "one_empty": f"Dice and IoU 0 (distances {WORST_DISTANCE_MM:g} mm)",
             **({} if challenge is None else {"challenge": challenge}),

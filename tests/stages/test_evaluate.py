@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,7 @@ def test_scores_of_a_label_map_by_hand(cohort: Cohort):
     assert (et["dice"], et["sensitivity"]) == (8 / 12, 0.5)
     assert whole["reference_volume_ml"] == pytest.approx(32 * VOXEL_ML)
     assert whole["prediction_volume_ml"] == pytest.approx(16 * VOXEL_ML)
+    assert whole["volume_difference_ml"] == pytest.approx(-16 * VOXEL_ML)
     assert (whole["n_slices"], et["n_slices"]) == (2, 2)
 
 
@@ -151,6 +153,7 @@ def test_per_case_csv_holds_the_rows_and_no_other_columns(cohort: Cohort):
         "prompt_source": "unknown",
         "status": "ok",
         "postprocess": "none",
+        "volume_difference_ml": "0.0",
     }
 
 
@@ -179,9 +182,12 @@ def test_summary_json_has_the_shape_of_nnunet(cohort: Cohort):
     assert first["metrics"] == {
         "WT": {"Dice": 2 / 3, "IoU": 0.5, "TP": 16, "FP": 0, "FN": 16, "TN": 600 - 32, "n_pred": 16, "n_ref": 32}
     }
-    # Both empty: null here alone, left out of the mean with the count stated; 1 in the table.
-    assert second["metrics"]["WT"]["Dice"] is None
-    assert second["metrics"]["WT"]["IoU"] is None
+    # Both empty: NaN here alone, left out of the mean with the count stated; 1 in the table.
+    assert '"Dice": NaN' in (cohort.out / "summary.json").read_text()
+    assert math.isnan(second["metrics"]["WT"]["Dice"])
+    assert math.isnan(second["metrics"]["WT"]["IoU"])
+    # What readers do with it.
+    assert np.nanmean([e["metrics"]["WT"]["Dice"] for e in summary["metric_per_case"]]) == 2 / 3
     assert summary["mean"]["WT"]["Dice"] == 2 / 3
     assert summary["mean"]["WT"]["n_ref"] == 16.0
     assert summary["foreground_mean"]["Dice"] == 2 / 3
@@ -406,10 +412,26 @@ def test_the_floor_from_a_given_table(cohort: Cohort, tmp_path: Path):
         ("preds", "TC"),
         ("preds", "ET"),
         ("filled_box", "WT"),
+        ("filled_box", "TC"),
+        ("filled_box", "ET"),
     ]
-    # One of two slices boxed: 16 of 32 voxels.
-    assert (rows[-1]["dice"], rows[-1]["prompt_source"]) == (2 / 3, "box_table")
-    assert all(r["method"] == "preds" for r in cohort.evaluate(boxes=path, regions=["TC"])[0])
+    # One of two slices boxed with 16 voxels, all of them in the tumour of 32, 8 in its core of 16, 4 in ET of 8.
+    floor = by_case(rows, "filled_box")
+    assert [floor["a", r]["dice"] for r in ("WT", "TC", "ET")] == [2 * 16 / 48, 2 * 8 / 32, 2 * 4 / 24]
+    assert [floor["a", r]["precision"] for r in ("WT", "TC", "ET")] == [1.0, 0.5, 0.25]
+    assert {r["prompt_source"] for r in floor.values()} == {"box_table"}
+    only = cohort.evaluate(boxes=path, regions=["TC"])[0]
+    assert [(r["method"], r["region"], r["dice"]) for r in only] == [("preds", "TC", 1.0), ("filled_box", "TC", 0.5)]
+
+
+def test_the_floor_is_of_the_box_and_not_of_what_was_done_to_masks(cohort: Cohort):
+    cohort.record(method="lora", labels={"1": "WT"}, regions=["WT"], postprocess="holes filled")
+    cohort.add("a", TUMOUR, TUMOUR > 0)
+    boxes_of(cohort.predictions / "prompts.csv", ("a", 1, 1, 1, 5, 5))
+    assert [(r["method"], r["postprocess"]) for r in cohort.evaluate()[0]] == [
+        ("lora", "holes filled"),
+        ("filled_box", "none"),
+    ]
 
 
 def test_the_floor_of_cases_without_boxes(cohort: Cohort):

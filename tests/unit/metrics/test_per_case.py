@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -29,6 +31,9 @@ def test_volumes_come_from_the_affine_not_from_voxel_counts():
     row = region_scores(Comparison(reference, prediction, Geometry((4, 5, 6), affine)))
     assert row["reference_volume_ml"] == pytest.approx(0.024)
     assert row["prediction_volume_ml"] == pytest.approx(0.036)
+    assert row["volume_difference_ml"] == pytest.approx(0.012)
+    back = region_scores(Comparison(prediction, reference, Geometry((4, 5, 6), affine)))
+    assert back["volume_difference_ml"] == pytest.approx(-0.012)
     assert row["n_slices"] == 4  # k = 1, 2 of the reference and 2, 3, 4 of the prediction
     assert row["dice"] == 8 / 20
 
@@ -57,6 +62,7 @@ def test_a_failed_row_is_zero_without_a_prediction_volume():
         "reference_volume_ml": pytest.approx(0.002),
         "prediction_volume_ml": None,
         "n_slices": 2,
+        "volume_difference_ml": None,
     }
 
 
@@ -68,23 +74,23 @@ def test_nnunet_metrics_by_hand():
     }  # fmt: skip
 
 
-def test_only_both_empty_is_null():
-    assert nnunet_metrics(Counts(0, 0, 0, 9))["Dice"] is None
-    assert nnunet_metrics(Counts(0, 0, 0, 9))["IoU"] is None
+def test_only_both_empty_is_nan():
+    assert math.isnan(nnunet_metrics(Counts(0, 0, 0, 9))["Dice"])
+    assert math.isnan(nnunet_metrics(Counts(0, 0, 0, 9))["IoU"])
     assert nnunet_metrics(Counts(0, 3, 0, 6))["Dice"] == 0.0
     assert nnunet_metrics(Counts(0, 0, 3, 6))["Dice"] == 0.0
 
 
-def test_a_failed_case_is_never_null():
+def test_a_failed_case_is_never_nan():
     # A missing prediction of an empty reference is a failure all the same.
     assert failed_nnunet_metrics(np.zeros((2, 2, 2), bool)) == {
         "Dice": 0.0, "IoU": 0.0, "TP": 0, "FP": 0, "FN": 0, "TN": 8, "n_pred": 0, "n_ref": 0
     }  # fmt: skip
 
 
-def test_means_leave_null_out_per_metric():
+def test_means_leave_nan_out_per_metric():
     cases = [
-        {"WT": {"Dice": 0.5, "TP": 2}, "ET": {"Dice": None, "TP": 0}},
+        {"WT": {"Dice": 0.5, "TP": 2}, "ET": {"Dice": math.nan, "TP": 0}},
         {"WT": {"Dice": 1.0, "TP": 4}, "ET": {"Dice": 0.25, "TP": 1}},
     ]
     mean, foreground = nnunet_means(cases)
@@ -93,9 +99,11 @@ def test_means_leave_null_out_per_metric():
 
 
 def test_a_region_empty_everywhere_has_no_mean():
-    mean, foreground = nnunet_means([{"WT": {"Dice": 0.5}, "ET": {"Dice": None}}])
-    assert mean["ET"] == {"Dice": None}
-    assert foreground == {"Dice": None}
+    mean, foreground = nnunet_means([{"WT": {"Dice": 0.5}, "ET": {"Dice": math.nan}}])
+    assert mean["WT"] == {"Dice": 0.5}
+    assert math.isnan(mean["ET"]["Dice"])
+    # As in nnU-Net, whose mean over regions is a plain one.
+    assert math.isnan(foreground["Dice"])
 
 
 def test_no_case_gives_empty_blocks():
