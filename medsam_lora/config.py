@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medsam_lora.errors import ConfigError, nearest
-from medsam_lora.labels import MODALITIES
+from medsam_lora.labels import MODALITIES, REGIONS
 
 __all__ = [
     "Config",
@@ -176,8 +176,23 @@ class TrainConfig(Section):
     patience: int | None = Field(None, ge=1, description="Epochs without a better validation Dice before stopping.")
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
     seed: int = Field(0, ge=0, description="Seed of initialisation, order, jitter and augmentation.")
-    regions: list[Literal["WT"]] = Field(["WT"], min_length=1, description="Regions predicted.")
+    regions: list[Literal["WT", "TC", "ET"]] = Field(
+        ["WT"], description="Regions predicted: [WT], or [WT, TC, ET] from SAM's three masks for ambiguous prompts."
+    )
+    postprocess: Literal["none", "fitted"] = Field(
+        "none",
+        description="fitted: small components are removed and holes filled as suits the validation cases.",
+    )
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `track`).")
+
+    @field_validator("regions")
+    @classmethod
+    def _one_or_all(cls, regions: list[str]) -> list[str]:
+        if sorted(regions) == sorted(REGIONS):
+            return list(REGIONS)
+        if regions != ["WT"]:
+            raise ValueError("must be [WT] or [WT, TC, ET]")
+        return regions
 
 
 class PredictConfig(Section):
@@ -195,6 +210,9 @@ class EvaluateConfig(Section):
 
     bootstrap: int = Field(2000, ge=100, description="Bootstrap resamples of the summary's interval.")
     seed: int = Field(0, ge=0, description="Seed of the bootstrap.")
+    challenge: Literal["brats2023-gli", "brats2023-men", "brats2023-met", "brats2023-ssa", "brats2023-ped"] | None = (
+        Field(None, description="Also score surfaces and lesions, as this challenge does.")
+    )
 
 
 class Config(Section):

@@ -7,7 +7,7 @@ conventions are converted once, at reading, by `to_canonical`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -169,6 +169,69 @@ def meaning_of(name: str) -> frozenset[int]:
     ([2], [1, 3])
     """
     return frozenset({LABELS[name]} if name in LABELS else REGIONS[name])
+
+
+def nested(masks: np.ndarray) -> np.ndarray:
+    """Cut every region to the one it lies in, so that ET is within TC and TC within WT.
+
+    The outer region decides: a box prompt is the whole tumour's, so that WT is the mask to be trusted most.
+
+    Parameters
+    ----------
+    masks : ndarray of bool, shape (R, ...)
+        One mask per region, in the order of `REGIONS`.
+
+    Returns
+    -------
+    ndarray of bool, same shape
+
+    Examples
+    --------
+    >>> nested(np.array([[True, True, False], [True, False, True], [True, True, True]])).astype(int).tolist()
+    [[1, 1, 0], [1, 0, 0], [1, 0, 0]]
+    """
+    return np.logical_and.accumulate(masks, axis=0)
+
+
+def label_map_of(masks: np.ndarray, regions: Sequence[str]) -> tuple[np.ndarray, dict[int, str]]:
+    """One label map from the masks of regions, and what its values mean.
+
+    All three regions become the canonical labels, which other programs of BraTS read: 3 is ET, 1 the rest of TC, 2 the
+    rest of WT. A single region becomes the value 1 and is called by its own name.
+
+    Parameters
+    ----------
+    masks : ndarray of bool, shape (R, X, Y, Z)
+        Made `nested` first.
+    regions : sequence of str
+        All of `REGIONS`, or one of them.
+
+    Returns
+    -------
+    label_map : ndarray of uint8, shape (X, Y, Z)
+    meanings : dict of int to str
+        Voxel value to a key of `REGIONS` or `LABELS`.
+
+    Raises
+    ------
+    ValueError
+        For another choice of regions: a map without WT, say, could not tell TC's rim from background.
+
+    Examples
+    --------
+    >>> masks = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], bool).reshape(3, 4, 1, 1)
+    >>> label_map, meanings = label_map_of(masks, ["WT", "TC", "ET"])
+    >>> label_map.ravel().tolist(), meanings
+    ([3, 1, 2, 0], {1: 'NETC', 2: 'SNFH', 3: 'ET'})
+    """
+    if len(regions) == 1:
+        return masks[0].astype(np.uint8), {1: regions[0]}
+    if tuple(regions) != tuple(REGIONS):
+        raise ValueError(f"regions {list(regions)}: a label map holds one region or {', '.join(REGIONS)}")
+    label_map = np.zeros(masks.shape[1:], np.uint8)
+    for mask, value in zip(nested(masks), (SNFH, NETC, ET), strict=True):
+        label_map[mask] = value
+    return label_map, {value: name for name, value in LABELS.items()}
 
 
 def region_mask(label_map: np.ndarray, region: str) -> np.ndarray:

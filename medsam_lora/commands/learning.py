@@ -88,7 +88,7 @@ def evaluate(
         out,
         split=split,
         boxes=boxes,
-        challenge=challenge,
+        challenge=challenge or chosen.evaluate.challenge,
         bootstrap=chosen.evaluate.bootstrap,
         seed=chosen.evaluate.seed,
         workers=options.processes(workers),

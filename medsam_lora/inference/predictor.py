@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from medsam_lora.labels import region_mask
+from medsam_lora.labels import nested, region_mask
 from medsam_lora.models.precision import autocast
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.prompts.box import boxes_from_mask
@@ -54,6 +54,7 @@ def predict_slices(
     Returns
     -------
     ndarray of bool, shape (N, R, X, Y)
+        Every region within the one before it (`labels.nested`).
     """
     present = [segmenter.modalities.index(name) for name in case.modalities]
     x, y, _ = case.crop.shape
@@ -73,7 +74,7 @@ def predict_slices(
                 masks[chunk] = (output.logits > cut).cpu().numpy()
     finally:
         segmenter.train(was_training)
-    return masks
+    return nested(masks.swapaxes(0, 1)).swapaxes(0, 1)
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,20 @@ class CaseScore:
     area_ratio: float
 
 
+def reference_boxes(case: PreparedSlices, kind: str, min_voxels: int) -> dict[int, np.ndarray]:
+    """Exact whole-tumour boxes of a prepared case, by slice index k; see `validate_case`."""
+    assert case.label is not None
+    label = np.asarray(case.label)
+    return {k: boxes_from_mask(region_mask(label[n], "WT"), kind, min_voxels) for n, k in enumerate(case.ks)}
+
+
 def validate_case(
     segmenter: Segmenter, case: PreparedSlices, kind: str, min_voxels: int, options: PredictOptions
 ) -> CaseScore:
     """Volumetric Dice of a prepared case with its reference boxes, the mean over the segmenter's regions.
 
     The store holds every slice of validation cases that shows tumour, so with reference boxes this is the Dice over
-    the whole volume; tumour voxels that the crop cut off count as missed.
+    the whole volume; tumour voxels that the crop cut off count as missed (in WT: their labels are not known).
 
     Parameters
     ----------
@@ -112,13 +120,12 @@ def validate_case(
     """
     assert case.label is not None
     label = np.asarray(case.label)
-    boxes = {k: boxes_from_mask(region_mask(label[n], "WT"), kind, min_voxels) for n, k in enumerate(case.ks)}
-    masks = predict_slices(segmenter, case, boxes, options)
-    lost = int(case.report.get("tumour_voxels_lost", 0))
+    masks = predict_slices(segmenter, case, reference_boxes(case, kind, min_voxels), options)
+    lost = int(case.report.get("tumour_voxels_lost") or 0)
     dices, ratios = [], []
     for r, region in enumerate(segmenter.regions):
         reference = region_mask(label, region)
-        n_reference = int(reference.sum()) + lost
+        n_reference = int(reference.sum()) + (lost if region == "WT" else 0)
         n_prediction = int(masks[:, r].sum())
         overlap = int((masks[:, r] & reference).sum())
         total = n_reference + n_prediction

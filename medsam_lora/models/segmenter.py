@@ -22,6 +22,12 @@ from medsam_lora.transforms.resizing import model_scale, to_model_frame, to_nati
 SINGLE_MASK_TOKEN = 0
 """SAM's mask token for one unambiguous prompt such as a box; tokens 1-3 are the multimask outputs."""
 
+REGION_TOKENS = {"WT": 3, "TC": 2, "ET": 1}
+"""The mask token of each region where several are predicted. SAM learned whole, part and sub-part for one prompt; which
+token begins nearest to which region was measured (docs/decisions/0002-regions.md)."""
+
+N_TOKENS = 4
+
 _FUSION_PREFIX = "fusion."
 
 
@@ -55,6 +61,8 @@ class Segmenter(nn.Module):
     modalities : sequence of str
         Channel order of the images.
     regions : sequence of str
+        ``["WT"]``, or all three: SAM's multimask outputs then are the regions. A method that trains nothing has no
+        notion of regions; its three masks are given to them by descending area, slice by slice (`regions_by_area`).
     """
 
     def __init__(
@@ -73,6 +81,7 @@ class Segmenter(nn.Module):
         self.input_spec = input_spec
         self.modalities = tuple(modalities)
         self.regions = tuple(regions)
+        self.regions_by_area = len(self.regions) > 1 and adaptation.report.count == 0
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +91,13 @@ class Segmenter(nn.Module):
     @property
     def main_tokens(self) -> list[int]:
         """The mask tokens that make the prediction, one per region."""
-        return [SINGLE_MASK_TOKEN]
+        return [SINGLE_MASK_TOKEN] if len(self.regions) == 1 else [REGION_TOKENS[r] for r in self.regions]
+
+    @property
+    def token_regions(self) -> list[int]:
+        """For every mask token the index of the region it is trained on; those of no region of their own learn WT."""
+        own = {token: index for index, token in enumerate(self.main_tokens)}
+        return [own.get(token, 0) for token in range(N_TOKENS)]
 
     def encode(self, z: Tensor) -> Tensor:
         """Image embeddings of z-scored slices.
@@ -134,6 +149,7 @@ class Segmenter(nn.Module):
             raise ValueError(
                 f"{n_slices} slices of {n_channels} channels need {n_expected} channels and one or more boxes each"
             )
+        by_area = self.regions_by_area and tokens is None
         tokens = list(self.main_tokens if tokens is None else tokens)
         scale, _ = model_scale((shape[0], shape[1]), self.sam.image_size)
         boxes_model = np.concatenate([to_model(np.asarray(b), scale) for b in boxes for _ in range(n_channels)])
@@ -144,6 +160,10 @@ class Segmenter(nn.Module):
         logits = _over_boxes(logits[:, tokens], counts, "max").unflatten(0, (n_slices, n_channels))
         iou = _over_boxes(iou[:, tokens], counts, "mean").unflatten(0, (n_slices, n_channels)).mean(dim=1)
         fused = self.fusion(logits, present)
+        if by_area:
+            order = (fused > 0).sum(dim=(-2, -1)).argsort(dim=1, descending=True, stable=True)
+            fused = torch.take_along_dim(fused, order[:, :, None, None], dim=1)
+            iou = torch.take_along_dim(iou, order, dim=1)
         return SegmenterOutput(to_native_frame(fused, self.sam.image_size, (shape[0], shape[1])), iou)
 
     def trainable_groups(self) -> dict[str, list[nn.Parameter]]:

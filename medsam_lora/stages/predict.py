@@ -15,6 +15,7 @@ import numpy as np
 
 from medsam_lora.config import Config, PredictConfig
 from medsam_lora.errors import DataError, ManifestError, MedsamLoraError
+from medsam_lora.inference import postprocess
 from medsam_lora.inference.predictor import PredictOptions, predict_slices
 from medsam_lora.inference.volume import to_native
 from medsam_lora.io.case import read_case
@@ -23,6 +24,7 @@ from medsam_lora.io.manifest import read_manifest
 from medsam_lora.io.nifti import write_label_map
 from medsam_lora.io.seg_nrrd import segments_for, write_seg_nrrd
 from medsam_lora.io.tables import FINDING_COLUMNS, write_table
+from medsam_lora.labels import label_map_of
 from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.models.assemble import choose_device, load_segmenter
 from medsam_lora.models.precision import resolve_amp
@@ -38,6 +40,9 @@ from medsam_lora.transforms.stages import PreparePlan, crop_geometry, prepare_ca
 
 logger = logging.getLogger(__name__)
 
+REGIONS_BY_AREA = "the three masks of a slice are given to WT, TC, ET by descending area"
+"""What a record says of the regions of a method that was trained on none."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -51,6 +56,7 @@ class Task:
     min_voxels: int
     options: PredictOptions
     max_bytes: int
+    clean_up: Mapping[str, postprocess.CleanUp]
 
 
 def predict(
@@ -105,8 +111,11 @@ def predict(
         metadata["prompts"]["min_voxels"],
         PredictOptions(config.predict.batch_size, config.predict.amp, config.predict.threshold),
         int(config.data.max_gib * 2**30),
+        postprocess.from_json(metadata.get("postprocess", {})),
     )
-    labels = {i + 1: region for i, region in enumerate(segmenter.regions)}
+    _, meanings = label_map_of(np.zeros((len(segmenter.regions), 1, 1, 1), bool), segmenter.regions)
+    if segmenter.regions_by_area:
+        logger.warning("%s has no notion of regions: %s", metadata["method"], REGIONS_BY_AREA)
     about = run_record() | {
         "stage": "predict",
         "run": run.name if run.is_dir() else run.stem,
@@ -114,7 +123,11 @@ def predict(
         "method_options": metadata["method_options"],
         "prompt_source": REFERENCE_BOX if boxes is None else BOX_TABLE,
         "regions": list(segmenter.regions),
-        "labels": {str(value): region for value, region in labels.items()},
+        "regions_from": REGIONS_BY_AREA if segmenter.regions_by_area else "training",
+        "labels": {str(value): name for value, name in meanings.items()},
+        "postprocess": postprocess.describe(task.clean_up),
+        "manifest": str(manifest.resolve()),
+        "root": str(task.root.resolve()),
         "modalities": list(segmenter.modalities),
         "cases": [record.case_id for record in records],
         "adapter_sha256": sha256_of(adapter),
@@ -132,7 +145,7 @@ def predict(
             outcome.skipped.append(record.case_id)
             continue
         try:
-            used = _predict_case(task, record, mine, labels)
+            used = _predict_case(task, record, mine)
         except MedsamLoraError as error:
             outcome.failed.append(_finding(record.case_id, error))
             logger.error("%s", error)
@@ -144,20 +157,15 @@ def predict(
     return outcome
 
 
-def _predict_case(
-    task: Task, record: CaseRecord, given: Sequence[SliceBox] | None, labels: Mapping[int, str]
-) -> list[SliceBox]:
+def _predict_case(task: Task, record: CaseRecord, given: Sequence[SliceBox] | None) -> list[SliceBox]:
     """Predict and write one case; gives back the boxes used, in the native frame."""
     case = read_case(record, task.root, task.segmenter.modalities, max_bytes=task.max_bytes, allow_missing=True)
     if len(case.modalities) < len(task.segmenter.modalities):
         absent = sorted(set(task.segmenter.modalities) - set(case.modalities))
         logger.warning("case %s: predicted without %s", record.case_id, ", ".join(absent))
     boxes = _boxes(case, given, task)
-    mask = native_masks(task, case, boxes)
-    label_map = np.zeros(case.geometry.shape, np.uint8)
-    for value, r in zip(labels, range(len(mask)), strict=True):
-        label_map[mask[r]] = value
-    write_seg_nrrd(task.out / f"{record.case_id}.seg.nrrd", label_map, case.geometry, segments_for(labels))
+    label_map, meanings = label_map_of(native_masks(task, case, boxes), task.segmenter.regions)
+    write_seg_nrrd(task.out / f"{record.case_id}.seg.nrrd", label_map, case.geometry, segments_for(meanings))
     # Last, as its presence says that the case is done.
     write_label_map(task.out / f"{record.case_id}.nii.gz", label_map, case.geometry)
     return boxes
@@ -176,6 +184,7 @@ def native_masks(task: Task, case: CaseVolumes, boxes: Sequence[SliceBox]) -> np
     Returns
     -------
     ndarray of bool, shape (R, X, Y, Z)
+        Nested, and cleaned up where the adapter says so.
     """
     placed = on_grid(boxes, case.geometry, crop_geometry(case.geometry, task.plan))
     if boxes and not placed:
@@ -186,7 +195,10 @@ def native_masks(task: Task, case: CaseVolumes, boxes: Sequence[SliceBox]) -> np
         )
     slices = prepare_case(case, task.plan, sorted(placed))
     masks = predict_slices(task.segmenter, slices, placed, task.options)
-    return np.stack([to_native(masks[:, r], slices) for r in range(masks.shape[1])])
+    native = np.stack([to_native(masks[:, r], slices) for r in range(masks.shape[1])])
+    if not task.clean_up:
+        return native
+    return postprocess.clean_regions(native, case.geometry.voxel_volume_ml, task.segmenter.regions, task.clean_up)
 
 
 def _boxes(case: CaseVolumes, given: Sequence[SliceBox] | None, task: Task) -> list[SliceBox]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from medsam_lora.analysis.statistics import bootstrap_mean, summarise
 from medsam_lora.io.files import write_bytes_atomically
-from medsam_lora.io.tables import PER_CASE_COLUMNS, SUMMARY_COLUMNS, write_table
+from medsam_lora.io.tables import SUMMARY_COLUMNS, per_case_columns, write_table
 from medsam_lora.stages.evaluate import evaluate
 from medsam_lora.stages.overview import write_overview
 from medsam_lora.stages.scoring import FLOOR
@@ -48,7 +48,7 @@ def write_summary(place: Workplace) -> str:
     ordered = {FLOOR: tables.pop(FLOOR), **tables} if tables.get(FLOOR) else tables
     ordered = {label: rows for label, rows in ordered.items() if rows}
     for label, rows in ordered.items():
-        write_table(place.out / "runs" / label / "per_case.csv", PER_CASE_COLUMNS, rows)
+        write_table(place.out / "runs" / label / "per_case.csv", per_case_columns(base.challenge), rows)
     everything = [row for rows in ordered.values() for row in rows]
     summary = summarise(everything, base.bootstrap, base.seed)
     write_table(place.out / "summary.csv", SUMMARY_COLUMNS, summary)
@@ -68,6 +68,7 @@ def _score(place: Workplace, method: Method) -> tuple[list[dict[str, Any]], list
             run=method.label + (f"/{fold}" if fold else ""),
             method=method.label,
             split="test",
+            challenge=place.pipeline.base.evaluate.challenge,
             bootstrap=place.pipeline.base.evaluate.bootstrap,
             seed=place.pipeline.base.evaluate.seed,
             workers=place.workers,

@@ -11,15 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from medsam_lora.config import Config, dump_config
 from medsam_lora.errors import PreparedError, TrainingError
-from medsam_lora.inference.predictor import PredictOptions, validate_case
+from medsam_lora.inference import postprocess
+from medsam_lora.inference.predictor import PredictOptions, predict_slices, reference_boxes, validate_case
+from medsam_lora.inference.volume import to_native
 from medsam_lora.io.files import write_bytes_atomically
 from medsam_lora.io.manifest import read_manifest
-from medsam_lora.io.store import open_store
+from medsam_lora.io.store import open_store, read_index
 from medsam_lora.io.tables import write_table
+from medsam_lora.labels import region_mask, regions_of
 from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.models.assemble import adapter_metadata, build_segmenter, choose_device, load_segmenter
 from medsam_lora.models.checkpoint import save_adapter
@@ -89,6 +93,13 @@ def train(
         config.model, config.method, config.fusion, modalities, config.train.regions, seed, target
     )
     _check_modalities([*training, *validation], modalities)
+    _check_regions([*training, *validation], config.train.regions, store)
+    if config.train.postprocess == "fitted" and not validation:
+        raise TrainingError(
+            "train.postprocess=fitted needs validation cases, and there are none",
+            path=manifest or store,
+            remedy="Put cases into the split val, or set train.postprocess to none.",
+        )
     prompts = PromptOptions(config.prompt.boxes, config.prompt.min_component_voxels, config.prompt.jitter_px)
     metadata = adapter_metadata(segmenter, config.model, config.method, config.fusion, seed)
     metadata["plan"] = json.loads((store / "plan.json").read_text())
@@ -99,6 +110,10 @@ def train(
     if segmenter.trainable_groups():
         rows = _fit(segmenter, training, validation, prompts, run, config, resume)
     write_table(run / "log.csv", LOG_COLUMNS, rows)
+    if config.train.postprocess == "fitted":
+        how = _fit_postprocess(segmenter, validation, config)
+        metadata["postprocess"] = postprocess.to_json(how)
+        logger.info("post-processing, fitted on %d validation cases: %s", len(validation), postprocess.describe(how))
     save_adapter(run / ADAPTER_FILE, segmenter.adapter_state(), metadata)
     check = _check_reloaded(segmenter, validation or [_first_slices(training[0])], run, config, target)
     record = run_record(config) | {
@@ -114,6 +129,8 @@ def train(
         "peak_memory_mib": peak_memory_mib(target),
         "duration_s": time.perf_counter() - started,
         "prompt_source": REFERENCE_BOX,
+        "regions": list(segmenter.regions),
+        "postprocess": postprocess.describe(postprocess.from_json(metadata.get("postprocess", {}))),
         "reload_check": check,
     }
     write_json(run / "run.json", record)
@@ -266,6 +283,37 @@ def _check_modalities(cases: Sequence[PreparedSlices], modalities: Sequence[str]
                 case_id=case.case_id,
                 remedy="Prepare again with the same data.modalities.",
             )
+
+
+def _check_regions(cases: Sequence[PreparedSlices], regions: Sequence[str], store: Path) -> None:
+    for case in cases:
+        convention = str(read_index(store / case.case_id).get("label_convention", "brats2023"))
+        unknown = [region for region in regions if region not in regions_of(convention)]
+        if unknown:
+            raise TrainingError(
+                f"a reference of the convention {convention!r} does not show {', '.join(unknown)}",
+                case_id=case.case_id,
+                remedy="Train with train.regions: [WT], or leave the case out.",
+            )
+
+
+def _fit_postprocess(
+    segmenter: Segmenter, validation: Sequence[PreparedSlices], config: Config
+) -> dict[str, postprocess.CleanUp]:
+    """Clean-up of each region, chosen on the validation cases with their exact boxes."""
+    options = PredictOptions(config.predict.batch_size, config.predict.amp, config.predict.threshold)
+    cases = []
+    for case in validation:
+        boxes = reference_boxes(case, config.prompt.boxes, config.prompt.min_component_voxels)
+        predicted = predict_slices(segmenter, case, boxes, options)
+        label = np.asarray(case.label)
+        pairs = [
+            (to_native(predicted[:, r], case), to_native(region_mask(label, region), case))
+            for r, region in enumerate(segmenter.regions)
+        ]
+        prediction, reference = (np.stack(masks) for masks in zip(*pairs, strict=True))
+        cases.append(postprocess.ValidationCase(case.case_id, prediction, reference, case.native.voxel_volume_ml))
+    return postprocess.fit(cases, segmenter.regions)
 
 
 def _tensorboard(run: Path) -> Any:

@@ -22,7 +22,7 @@ from medsam_lora.config import TrainConfig
 from medsam_lora.errors import TrainingError
 from medsam_lora.inference.predictor import PredictOptions, validate_case
 from medsam_lora.models.precision import autocast, resolve_amp
-from medsam_lora.models.segmenter import Segmenter
+from medsam_lora.models.segmenter import N_TOKENS, Segmenter
 from medsam_lora.progress import track
 from medsam_lora.records import PreparedSlices
 from medsam_lora.training.dataset import SliceDataset, epoch_order, plan_batches
@@ -53,7 +53,7 @@ LOG_COLUMNS = (
     "duration_s",
 )
 
-ALL_TOKENS = (0, 1, 2, 3)
+ALL_TOKENS = tuple(range(N_TOKENS))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -191,7 +191,7 @@ class Trainer:
             torch.manual_seed(_draw_seed(options.seed, self.progress.epoch, position))
             with autocast(device, options.amp):
                 output = self.segmenter(batch.z.to(device, non_blocking=True), batch.boxes, tokens=ALL_TOKENS)
-        target = batch.masks[:, :1].to(device).expand(-1, len(ALL_TOKENS), -1, -1)
+        target = batch.masks[:, self.segmenter.token_regions].to(device)
         terms = segmentation_loss(output.logits, output.iou, target, self.segmenter.main_tokens, self.weights)
         if not torch.isfinite(terms.total):
             raise TrainingError(
