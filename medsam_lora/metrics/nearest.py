@@ -22,12 +22,12 @@ class Nearest(NamedTuple):
     ----------
     distances : ndarray of float64, shape (N,)
         In mm; infinite where there are no others.
-    index : ndarray of int64, shape (N,)
+    which : ndarray of int64, shape (N,)
         Which of the others it is; one of them where several are as near, -1 where there are none.
     """
 
     distances: np.ndarray
-    index: np.ndarray
+    which: np.ndarray
 
 
 def nearest(points: np.ndarray, others: np.ndarray, spacing_mm: Sequence[float]) -> Nearest:
@@ -47,7 +47,7 @@ def nearest(points: np.ndarray, others: np.ndarray, spacing_mm: Sequence[float])
     Examples
     --------
     >>> found = nearest(np.array([[0, 0, 0], [9, 0, 0]]), np.array([[0, 0, 1], [0, 3, 0]]), (1.0, 2.0, 5.0))
-    >>> found.distances.tolist(), found.index.tolist()
+    >>> found.distances.tolist(), found.which.tolist()
     ([5.0, 10.295630140987], [0, 0])
     """
     if not len(points) or not len(others):

@@ -114,7 +114,7 @@ class SurfacePair:
         self, own: SurfaceElements, other: SurfaceElements, found: Nearest, of_own: np.ndarray, of_other: np.ndarray
     ) -> np.ndarray:
         distances = found.distances[of_own]
-        lost = ~of_other[found.index[of_own]]
+        lost = ~of_other[found.which[of_own]]
         if lost.any():
             distances[lost] = nearest(own.points[of_own][lost], other.points[of_other], self.spacing_mm).distances
         return distances
