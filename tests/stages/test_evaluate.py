@@ -491,6 +491,40 @@ def test_distances_follow_the_spacing_of_the_files(cohort: Cohort):
     assert (row["hd95_mm"], row["lesionwise_hd95_mm"]) == (3.0, 3.0)
 
 
+@pytest.mark.parametrize(
+    ("size", "step", "hd95", "assd", "nsd_1mm", "nsd_2mm"),
+    [
+        # A voxel has eight surface elements of equal area, on its corners. Two steps of 3 mm up: from the four lower
+        # corners it is 6 mm to the other's nearest, from the upper ones 3 mm.
+        (1, (0, 0, 2), 6.0, 4.5, 0.0, 0.0),
+        # Two steps of 1 mm: 1 and 2 mm.
+        (1, (0, 2, 0), 2.0, 1.5, 0.5, 1.0),
+        # One step of 2 mm: half of the corners are common.
+        (1, (1, 0, 0), 2.0, 1.0, 0.5, 1.0),
+        # The same voxel and the one above. Faces are 3, 6 and 2 mm², so a corner's triangle is |(3, 6, 2)| / 8 = 7/8
+        # mm², and an element amid the upright edge of the pair 3 hypot(2/2, 1/2) mm². Only the upper four of the
+        # pair's corners are off, by 3 mm: 3.5 of its 7 + 13.416 mm², more than a twentieth, and of all 27.416 mm².
+        (2, (0, 0, 0), 3.0, 3 * 3.5 / 27.41640786, 1 - 3.5 / 27.41640786, 1 - 3.5 / 27.41640786),
+    ],
+)
+def test_surfaces_on_voxels_of_2_by_1_by_3_mm_by_hand(
+    cohort: Cohort, size: int, step: tuple[int, int, int], hd95: float, assd: float, nsd_1mm: float, nsd_2mm: float
+):
+    # Label 4 is enhancing tumour by the convention of the manifest, so that all three regions are the voxel.
+    i, j, k = step
+    found = block((4, (4 + i, 4 + j, 1 + k), (5 + i, 5 + j, 1 + k + size)))
+    cohort.add("a", block((4, (4, 4, 1), (5, 5, 2))), found, convention="brats2018")
+    rows, _ = cohort.evaluate(challenge="brats2023-met")
+    assert [row["region"] for row in rows] == ["WT", "TC", "ET"]
+    for row in rows:
+        assert row["hd95_mm"] == row["legacy_hd95_mm"] == hd95
+        assert [row["assd_mm"], row["nsd_1mm"], row["nsd_2mm"]] == pytest.approx([assd, nsd_1mm, nsd_2mm], abs=1e-9)
+        volumes = [row[name] for name in ("reference_volume_ml", "prediction_volume_ml", "volume_difference_ml")]
+        assert volumes == pytest.approx([0.006, 0.006 * size, 0.006 * (size - 1)], abs=1e-12)
+        # 6 mm³ are more than the 2 mm³ of small metastases. One step of dilation reaches the neighbour voxel alone.
+        assert (row["lesions_tp"], row["lesions_fn"]) == ((0, 1) if max(step) == 2 else (1, 0))
+
+
 def test_the_floor_is_scored_as_the_challenge_too(cohort: Cohort):
     cohort.add("a", TUMOUR, TUMOUR)
     boxes_of(cohort.predictions / "prompts.csv", ("a", 1, 1, 1, 5, 5), ("a", 2, 1, 1, 5, 5))
