@@ -60,6 +60,39 @@ CHALLENGE_COLUMNS: Final = (
 )
 """What ``per_case.csv`` has behind `PER_CASE_COLUMNS` where a challenge was named."""
 SUMMARY_COLUMNS: Final = ("method", "region", "n_cases", "dice_mean", "dice_low", "dice_high")
+STATISTICS_COLUMNS: Final = (
+    "family",
+    "metric",
+    "better",
+    "region",
+    "method",
+    "baseline",
+    "n_cases",
+    "n_patients",
+    "n_failed",
+    "baseline_n_failed",
+    "mean",
+    "baseline_mean",
+    "median",
+    "baseline_median",
+    "mean_difference",
+    "difference_low",
+    "difference_high",
+    "median_difference",
+    "wilcoxon_statistic",
+    "p_value",
+    "p_holm",
+    "rank_biserial",
+    "cohens_dz",
+    "wins",
+    "ties",
+    "losses",
+    "verdict",
+    "postprocess",
+    "baseline_postprocess",
+)
+PER_PATIENT_COLUMNS: Final = ("patient_id", "method", "region", "n_cases", "n_failed")
+"""What ``per_patient.csv`` has before the means of the metrics compared."""
 
 STATUSES: Final = ("ok", "missing", "wrong_grid", "wrong_label")
 
