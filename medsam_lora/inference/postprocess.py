@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from scipy import ndimage
 
-from medsam_lora.labels import nested
+from medsam_lora.labels import REGIONS, nested
 
 MIN_COMPONENT_ML: Final = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Smallest volumes of a component that are tried. 0.05 ml is where BraTS 2023 begins to count a lesion of glioma."""
@@ -153,7 +153,7 @@ def describe(how: Mapping[str, CleanUp]) -> str:
     'none'
     """
     parts = []
-    for region, one in how.items():
+    for region, one in ((region, how[region]) for region in REGIONS if region in how):
         words = [f"components under {one.min_component_ml:g} ml removed"] if one.min_component_ml > 0 else []
         words += ["holes filled"] if one.fill_holes else []
         if words:

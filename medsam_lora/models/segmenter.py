@@ -159,12 +159,12 @@ class Segmenter(nn.Module):
         )
         logits = _over_boxes(logits[:, tokens], counts, "max").unflatten(0, (n_slices, n_channels))
         iou = _over_boxes(iou[:, tokens], counts, "mean").unflatten(0, (n_slices, n_channels)).mean(dim=1)
-        fused = self.fusion(logits, present)
+        fused = to_native_frame(self.fusion(logits, present), self.sam.image_size, (shape[0], shape[1]))
         if by_area:
             order = (fused > 0).sum(dim=(-2, -1)).argsort(dim=1, descending=True, stable=True)
             fused = torch.take_along_dim(fused, order[:, :, None, None], dim=1)
             iou = torch.take_along_dim(iou, order, dim=1)
-        return SegmenterOutput(to_native_frame(fused, self.sam.image_size, (shape[0], shape[1])), iou)
+        return SegmenterOutput(fused, iou)
 
     def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
         """The declared trainable parameters by group (``encoder``, ``decoder``, ``fusion``)."""

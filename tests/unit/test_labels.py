@@ -97,3 +97,21 @@ def test_the_tables_of_regions_and_labels_cover_each_other():
     assert set(labels.REGION_NAMES) == set(labels.REGION_COLOURS) == set(labels.REGIONS)
     assert set(labels.REGIONS["WT"]) == set(labels.LABEL_NAMES)
     assert all(0 <= part <= 1 for colour in labels.REGION_COLOURS.values() for part in colour)
+
+
+def test_a_label_map_of_regions_gives_the_nested_regions_back():
+    masks = np.random.default_rng(3).random((3, 6, 5, 4)) < 0.6
+    label_map, meanings = labels.label_map_of(masks, list(labels.REGIONS))
+    assert meanings == {1: "NETC", 2: "SNFH", 3: "ET"} and label_map.dtype == np.uint8
+    for region, mask in zip(labels.REGIONS, labels.nested(masks), strict=True):
+        assert np.array_equal(labels.region_mask(label_map, region), mask)
+    # The outermost region is never changed by those within it.
+    assert np.array_equal(label_map > 0, masks[0])
+
+
+def test_a_label_map_holds_one_region_or_all():
+    masks = np.ones((2, 2, 2, 2), bool)
+    with pytest.raises(ValueError, match="one region or WT, TC, ET"):
+        labels.label_map_of(masks, ["WT", "TC"])
+    label_map, meanings = labels.label_map_of(masks[:1], ["WT"])
+    assert label_map.all() and meanings == {1: "WT"}
