@@ -15,7 +15,7 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,8 +23,9 @@ import numpy as np
 from scipy import ndimage
 
 from medsam_lora.metrics import WORST_DISTANCE_MM
+from medsam_lora.metrics.boxes import BLOCK, Box, around, islands
 from medsam_lora.metrics.overlap import count
-from medsam_lora.metrics.surface import SurfacePair, bounding_box, robust_hausdorff, surface_pair
+from medsam_lora.metrics.surface import SurfacePair, robust_hausdorff, surface_pair
 
 _TOUCHING = np.ones((3, 3, 3), bool)
 
@@ -36,13 +37,18 @@ class Challenge:
     Parameters
     ----------
     dilation_steps : int
-        Times that a voxel grows to its 18 neighbours, where lesions merge and where a prediction touches one.
+        Times that a voxel grows to its 18 neighbours, where lesions merge and where a prediction touches one; at most
+        three, as lesions are looked for in parts of a volume that are `boxes.BLOCK` voxels apart.
     ignored_volume_mm3 : float
         Lesions of up to this volume do not count.
     """
 
     dilation_steps: int
     ignored_volume_mm3: float
+
+    def __post_init__(self) -> None:
+        if 2 * self.dilation_steps > BLOCK - 1:
+            raise ValueError(f"dilation_steps is {self.dilation_steps}: lesions {BLOCK} voxels apart would be one")
 
 
 CHALLENGES: Final[Mapping[str, Challenge]] = {
@@ -108,29 +114,29 @@ def lesionwise(
     >>> lesionwise(reference, prediction, (1.0, 1.0, 1.0), CHALLENGES["brats2023-men"])
     LesionScores(dice=0.5, hd95_mm=187.0, tp=1, fp=1, fn=0)
     """
-    # What lies outside the box of both masks has no part in any number, and dilations touch inside it where they do.
-    box = bounding_box(reference | prediction)
-    if box is None:
-        return LesionScores(1.0, 0.0, 0, 0, 0)
-    lesions = merged_lesions(reference[box], challenge.dilation_steps)
-    components, n_components = ndimage.label(prediction[box], _TOUCHING)
+    # Parts of both masks that no dilation joins are dealt with one by one; the air between them has no part in any
+    # number.
+    steps = challenge.dilation_steps
+    parts = islands(reference | prediction)
+    lesions, lesion_boxes = _numbered(reference, parts, lambda mask: merged_lesions(mask, steps))
+    components, component_boxes = _numbered(prediction, parts, lambda mask: ndimage.label(mask, _TOUCHING)[0])
+    n_components = len(component_boxes)
     # The file format has float32 spacings, so that 50 voxels of 1.00000001 mm are no more than 50 mm³.
     voxel_mm3 = float(np.prod(np.asarray(spacing_mm, np.float32).astype(np.float64)))
-    lesion_boxes, component_boxes = ndimage.find_objects(lesions), ndimage.find_objects(components)
     matches: list[tuple[int, list[int]]] = []
     belonging: set[int] = set()
     dices: list[float] = []
-    for number, around in enumerate(lesion_boxes, start=1):
-        mine = _touching(lesions, number, around, components, challenge.dilation_steps)
+    for number, own in enumerate(lesion_boxes, start=1):
+        mine = _touching(lesions, number, own, components, steps)
         belonging.update(mine)
-        volume = np.count_nonzero(lesions[around] == number) * voxel_mm3
+        volume = np.count_nonzero(lesions[own] == number) * voxel_mm3
         if volume <= challenge.ignored_volume_mm3:
             continue
         matches.append((number, mine))
         if not mine:
             dices.append(0.0)
             continue
-        both = _around([around, *(component_boxes[i - 1] for i in mine)])
+        both = around([own, *(component_boxes[i - 1] for i in mine)])
         dices.append(_dice(lesions[both] == number, np.isin(components[both], mine)))
     fp, tp = n_components - len(belonging), sum(bool(mine) for _, mine in matches)
     n = len(dices) + fp
@@ -138,8 +144,7 @@ def lesionwise(
         return LesionScores(1.0, 0.0, 0, 0, 0)
     if tp and surfaces is None:
         surfaces = surface_pair(reference, prediction, spacing_mm)
-    start = np.array([axis.start for axis in box])
-    distances = _distances(matches, lesions, components, start, surfaces)
+    distances = _distances(matches, lesions, components, surfaces)
     return LesionScores(sum(dices) / n, (sum(distances) + WORST_DISTANCE_MM * fp) / n, tp, fp, len(dices) - tp)
 
 
@@ -147,17 +152,13 @@ def _distances(
     matches: Sequence[tuple[int, list[int]]],
     lesions: np.ndarray,
     components: np.ndarray,
-    start: np.ndarray,
     surfaces: SurfacePair | None,
 ) -> list[float]:
     """HD95 of every lesion that counts against the components that belong to it."""
-    if surfaces is None:
+    if surfaces is None:  # nothing was found
         return [WORST_DISTANCE_MM for _ in matches]
-    whole = lesions.max() == 1 and all(len(mine) == components.max() for _, mine in matches)
-    if whole:
-        return [robust_hausdorff(surfaces.distances) if mine else WORST_DISTANCE_MM for _, mine in matches]
-    lesion_of = _numbers_at(surfaces.reference.points - start, lesions)
-    component_of = _numbers_at(surfaces.prediction.points - start, components)
+    lesion_of = _numbers_at(surfaces.reference.points, lesions)
+    component_of = _numbers_at(surfaces.prediction.points, components)
     return [
         robust_hausdorff(surfaces.between(lesion_of == number, np.isin(component_of, mine)))
         if mine
@@ -166,15 +167,34 @@ def _distances(
     ]
 
 
+def _numbered(
+    mask: np.ndarray, parts: Sequence[Box], number: Callable[[np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, list[Box]]:
+    """Numbers of lesions or components, counted on through the parts of a volume, and the box of each."""
+    # Untouched zeros cost nothing: the system gives out their pages when they are written to.
+    numbers = np.zeros(mask.shape, np.int32)
+    boxes: list[Box] = []
+    for part in parts:
+        own = number(mask[part])
+        found = [
+            tuple(slice(s.start + p.start, s.stop + p.start) for s, p in zip(box, part, strict=True))
+            for box in ndimage.find_objects(own)
+        ]
+        own[own > 0] += len(boxes)
+        numbers[part] = own
+        boxes += found
+    return numbers, boxes
+
+
 def _numbers_at(points: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """Of which lesion or component a surface element is: that of any voxel set around its lattice point."""
-    padded = np.pad(numbers, 1)
-    strides = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
-    flat, places = padded.ravel(), points @ strides
-    found = flat[places]
+    x, y, z = numbers.shape
+    flat, found = numbers.ravel(), np.zeros(len(points), np.int32)
     for corner in np.ndindex(2, 2, 2):
+        i, j, k = (points - np.array(corner)).T
+        inside = (i >= 0) & (i < x) & (j >= 0) & (j < y) & (k >= 0) & (k < z)
         # Of one number only, as lesions and components do not touch one another by a corner.
-        np.maximum(found, flat[places + int(np.array(corner) @ strides)], out=found)
+        np.maximum(found, np.where(inside, flat[np.where(inside, (i * y + j) * z + k, 0)], 0), out=found)
     return found
 
 
@@ -229,11 +249,9 @@ def _line(mask: np.ndarray, axis: int) -> np.ndarray:
     return grown
 
 
-def _touching(
-    lesions: np.ndarray, number: int, around: tuple[slice, ...], components: np.ndarray, steps: int
-) -> list[int]:
+def _touching(lesions: np.ndarray, number: int, box: Box, components: np.ndarray, steps: int) -> list[int]:
     """Numbers of the components within the dilation of one lesion."""
-    wide = tuple(slice(max(s.start - steps, 0), s.stop + steps) for s in around)
+    wide = tuple(slice(max(s.start - steps, 0), s.stop + steps) for s in box)
     near = components[wide][dilated(lesions[wide] == number, steps)]
     return [int(i) for i in np.unique(near) if i]
 
@@ -241,8 +259,3 @@ def _touching(
 def _dice(lesion: np.ndarray, found: np.ndarray) -> float:
     c = count(lesion, found)
     return 2 * c.tp / (c.n_reference + c.n_prediction)
-
-
-def _around(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
-    """The smallest box around several."""
-    return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*boxes, strict=True))

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from medsam_lora.metrics.boxes import islands
 from medsam_lora.metrics.marching_cubes import neighbour_codes, surface_areas
 from medsam_lora.metrics.nearest import Nearest, nearest
 
@@ -103,6 +104,8 @@ class SurfacePair:
         -------
         SurfaceDistances
         """
+        if of_reference.all() and of_prediction.all():
+            return self.distances
         return _distances(
             self._part(self.reference, self.prediction, self.from_reference, of_reference, of_prediction),
             self._part(self.prediction, self.reference, self.from_prediction, of_prediction, of_reference),
@@ -198,38 +201,17 @@ def surface_elements(mask: np.ndarray, spacing_mm: Sequence[float]) -> SurfaceEl
     Returns
     -------
     SurfaceElements
-        In the order of the lattice points.
     """
-    box = bounding_box(mask)
-    if box is None:
-        return SurfaceElements(np.zeros((0, 3), np.int64), np.zeros(0))
-    codes = neighbour_codes(mask[box])
-    # 0 and 255 are the cells without surface; in unsigned bytes, the two ends meet.
-    found = np.flatnonzero(codes + np.uint8(1) > 1)
-    points = np.stack(np.unravel_index(found, codes.shape), axis=1) + [axis.start for axis in box]
     x, y, z = (float(step) for step in spacing_mm)
-    return SurfaceElements(points, surface_areas(x, y, z)[codes.ravel()[found]])
-
-
-def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, slice, slice] | None:
-    """The smallest box around a mask, widened by `margin` voxels but not past the grid; None for an empty mask.
-
-    Examples
-    --------
-    >>> mask = np.zeros((5, 5, 5), bool)
-    >>> mask[1, 2, 3:] = True
-    >>> bounding_box(mask, 1)
-    (slice(0, 3, None), slice(1, 4, None), slice(2, 5, None))
-    """
-    # One axis after the other, each within what the ones before left: most of a volume is looked at once only.
-    box: list[slice] = []
-    for axis in range(3):
-        seen = np.flatnonzero(mask[tuple(box)].any(axis=tuple(a for a in range(3) if a != axis)))
-        if not seen.size:
-            return None
-        box.append(slice(int(seen[0]), int(seen[-1]) + 1))
-    a, b, c = (slice(max(s.start - margin, 0), min(s.stop + margin, n)) for s, n in zip(box, mask.shape, strict=True))
-    return a, b, c
+    table = surface_areas(x, y, z)
+    points, areas = [np.zeros((0, 3), np.int64)], [np.zeros(0)]
+    for box in islands(mask):
+        codes = neighbour_codes(mask[box])
+        # 0 and 255 are the cells without surface; in unsigned bytes, the two ends meet.
+        found = np.flatnonzero(codes + np.uint8(1) > 1)
+        points.append(np.stack(np.unravel_index(found, codes.shape), axis=1) + [axis.start for axis in box])
+        areas.append(table[codes.ravel()[found]])
+    return SurfaceElements(np.concatenate(points), np.concatenate(areas))
 
 
 def _distances(there: np.ndarray, back: np.ndarray, own: np.ndarray, other: np.ndarray) -> SurfaceDistances:

@@ -15,9 +15,9 @@ from medsam_lora.geometry import Geometry
 from medsam_lora.io.manifest import case_path
 from medsam_lora.io.nifti import read_label_map
 from medsam_lora.io.predictions import PredictionRecord, meanings_for, predicted_mask, prediction_path
+from medsam_lora.metrics.boxes import bounding_box
 from medsam_lora.metrics.overlap import Comparison
 from medsam_lora.metrics.per_case import failed_nnunet_metrics, failed_scores, nnunet_metrics, region_scores
-from medsam_lora.metrics.surface import bounding_box
 from medsam_lora.prompts.sources import fill_boxes
 from medsam_lora.records import CaseRecord, Finding, SliceBox, Volume
 

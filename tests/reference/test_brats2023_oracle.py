@@ -12,6 +12,7 @@ import pytest
 from scipy import ndimage
 
 from medsam_lora.geometry import Geometry
+from medsam_lora.metrics.boxes import islands
 from medsam_lora.metrics.per_case import region_scores
 from medsam_lora.stages.scoring import compare
 
@@ -188,6 +189,9 @@ def label_maps(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
     rng = np.random.default_rng(seed)
     affine, challenge = affine_of(rng), list(PARAMETERS)[rng.integers(5)]
     shape = tuple(int(n) for n in rng.integers(4, 22, 3))
+    if rng.random() < 0.3:
+        # Long enough for parts that are dealt with one by one.
+        shape = tuple(np.where(np.arange(3) == rng.integers(3), 3 * np.array(shape), shape).tolist())
     if rng.random() < 0.15:
         shape = tuple(np.where(np.arange(3) == rng.integers(3), 1, shape).tolist())
     kind = rng.integers(3)
@@ -215,7 +219,8 @@ def test_equal_to_the_oracle(seed: int):
 
 def test_the_cases_are_of_every_kind():
     # A test of the test: what is meant to be tried out does occur.
-    seen = dict.fromkeys(["missed", "found", "in vain", "several", "empty", "flat", "ignored", "shared"], 0)
+    kinds = ["missed", "found", "in vain", "several", "empty", "flat", "ignored", "shared", "in parts"]
+    seen = dict.fromkeys(kinds, 0)
     for seed in range(N_CASES):
         reference, prediction, affine, challenge = label_maps(seed)
         steps, ignored = PARAMETERS[challenge]
@@ -226,6 +231,7 @@ def test_the_cases_are_of_every_kind():
         seen["in vain"] += row["lesions_fp"] > 0
         seen["several"] += row["lesions_tp"] + row["lesions_fn"] > 2
         seen["empty"] += not reference.any() or not prediction.any()
+        seen["in parts"] += len(islands((reference > 0) | (prediction > 0))) > 1
         seen["flat"] += 1 in reference.shape
         total = [scores["lesions_tp"] + scores["lesions_fn"] for scores in (row, all_lesions)]
         seen["ignored"] += total[0] < total[1]

@@ -43,6 +43,11 @@ def test_parameters_of_the_challenges():
     }  # fmt: skip
 
 
+def test_a_dilation_that_would_join_parts_is_refused():
+    with pytest.raises(ValueError, match="dilation_steps is 4"):
+        Challenge(4, 50.0)
+
+
 @pytest.mark.parametrize(
     ("reference", "prediction", "expected"),
     [

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from medsam_lora.metrics.boxes import bounding_box
 from medsam_lora.metrics.marching_cubes import neighbour_codes, surface_areas
 from medsam_lora.metrics.surface import (
-    bounding_box,
     mean_distance,
     robust_hausdorff,
     surface_dice,
