@@ -15,7 +15,7 @@ from medsam_lora.geometry import Geometry
 from medsam_lora.io.manifest import case_path
 from medsam_lora.io.nifti import read_label_map
 from medsam_lora.io.predictions import PredictionRecord, meanings_for, predicted_mask, prediction_path
-from medsam_lora.metrics.boxes import bounding_box
+from medsam_lora.metrics.boxes import around, bounding_box
 from medsam_lora.metrics.overlap import Comparison
 from medsam_lora.metrics.per_case import failed_nnunet_metrics, failed_scores, nnunet_metrics, region_scores
 from medsam_lora.prompts.sources import fill_boxes
@@ -138,7 +138,8 @@ def compare(
         Of every score that of the whole volume: the voxels cut off are counted as true negatives.
     """
     # A tumour fills a tenth of a volume: everything is several times faster on the box around it, and the same.
-    box = bounding_box((reference != 0) | (prediction != 0)) or (slice(0, 1),) * 3
+    boxes = [box for shown in (reference, prediction) if (box := bounding_box(shown != 0)) is not None]
+    box = around(boxes) if boxes else (slice(0, 1),) * 3
     grid = geometry.cropped([s.start for s in box], [s.stop for s in box])
     ours, theirs = np.ascontiguousarray(reference[box]), np.ascontiguousarray(prediction[box])
     outside = reference.size - ours.size
