@@ -215,6 +215,12 @@ class EvaluateConfig(Section):
     )
 
 
+class CacheConfig(Section):
+    """Image embeddings kept on disk, for methods that leave the image encoder as it is; the results are the same."""
+
+    max_gib: float = Field(0.0, ge=0, description="Room for them, in GiB; 0 keeps none.")
+
+
 class Config(Section):
     """All sections. `medsam-lora config --schema` prints this with every default and description."""
 
@@ -229,6 +235,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     predict: PredictConfig = PredictConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    cache: CacheConfig = CacheConfig()
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -13,7 +13,11 @@ from typing import Any, Final
 import numpy as np
 from scipy import ndimage
 
-from medsam_lora.labels import REGIONS, nested
+from medsam_lora.inference.predictor import PredictOptions, predict_slices, reference_boxes
+from medsam_lora.inference.volume import to_native
+from medsam_lora.labels import REGIONS, nested, region_mask
+from medsam_lora.models.segmenter import Segmenter
+from medsam_lora.records import PreparedSlices
 
 MIN_COMPONENT_ML: Final = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Smallest volumes of a component that are tried. 0.05 ml is where BraTS 2023 begins to count a lesion of glioma."""
@@ -109,6 +113,20 @@ class ValidationCase:
     prediction: np.ndarray
     reference: np.ndarray
     voxel_ml: float
+
+
+def validation_case(
+    segmenter: Segmenter, case: PreparedSlices, kind: str, min_voxels: int, options: PredictOptions
+) -> ValidationCase:
+    """Predict a prepared case with its exact boxes, on its native grid; the arguments are those of `validate_case`."""
+    predicted = predict_slices(segmenter, case, reference_boxes(case, kind, min_voxels), options)
+    label = np.asarray(case.label)
+    return ValidationCase(
+        case.case_id,
+        np.stack([to_native(predicted[:, r], case) for r in range(predicted.shape[1])]),
+        np.stack([to_native(region_mask(label, region), case) for region in segmenter.regions]),
+        case.native.voxel_volume_ml,
+    )
 
 
 def fit(cases: Sequence[ValidationCase], regions: Sequence[str]) -> dict[str, CleanUp]:

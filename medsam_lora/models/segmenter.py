@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medsam_lora.models.embedding_cache import EmbeddingCache
 from medsam_lora.models.input_spec import InputSpec
+from medsam_lora.models.precision import resolve_amp
 from medsam_lora.models.sam import SamModel
 from medsam_lora.peft.contract import Adaptation
 from medsam_lora.prompts.box import to_model
@@ -82,6 +85,7 @@ class Segmenter(nn.Module):
         self.modalities = tuple(modalities)
         self.regions = tuple(regions)
         self.regions_by_area = len(self.regions) > 1 and adaptation.report.count == 0
+        self.cache: EmbeddingCache | None = None
 
     @property
     def device(self) -> torch.device:
@@ -98,6 +102,49 @@ class Segmenter(nn.Module):
         """For every mask token the index of the region it is trained on; those of no region of their own learn WT."""
         own = {token: index for index, token in enumerate(self.main_tokens)}
         return [own.get(token, 0) for token in range(N_TOKENS)]
+
+    def use_cache(self, folder: Path, max_bytes: int, amp: str) -> bool:
+        """Keep image embeddings in `folder` from now on, where the method leaves the image encoder as it is.
+
+        Parameters
+        ----------
+        folder : Path
+        max_bytes : int
+        amp : str
+            Setting of the autocast that the forward passes run under: embeddings differ by it.
+
+        Returns
+        -------
+        bool
+            False where the method changes the encoder; then nothing is cached.
+        """
+        if self.adaptation.report.cache_point != "embedding" or max_bytes <= 0:
+            return False
+        identity = {
+            "base_sha256": self.sam.base_sha256,
+            "model": self.sam.name,
+            "image_size": self.sam.image_size,
+            "input_spec": self.input_spec.to_json(),
+            "amp": resolve_amp(amp, self.device),
+            "device": self.device.type,
+        }
+        self.cache = EmbeddingCache(folder, identity, max_bytes)
+        return True
+
+    def _embeddings(self, z: Tensor, present: Sequence[int]) -> Tensor:
+        """`encode`, through the cache where there is one."""
+        if self.cache is None:
+            return self.encode(z)
+        keys = self.cache.keys(z.cpu(), present)
+        found = [self.cache.read(key) for key in keys]
+        missing = [b for b, embedding in enumerate(found) if embedding is None]
+        if missing:
+            with torch.no_grad():
+                computed = self.encode(z[missing]).unflatten(0, (len(missing), z.shape[1]))
+            for b, embedding in zip(missing, computed, strict=True):
+                self.cache.write(keys[b], embedding)
+                found[b] = embedding
+        return torch.cat([embedding.to(z.device) for embedding in found if embedding is not None])
 
     def encode(self, z: Tensor) -> Tensor:
         """Image embeddings of z-scored slices.
@@ -155,7 +202,9 @@ class Segmenter(nn.Module):
         boxes_model = np.concatenate([to_model(np.asarray(b), scale) for b in boxes for _ in range(n_channels)])
         counts = [len(b) for b in boxes for _ in range(n_channels)]
         logits, iou = self.sam.decode(
-            self.encode(z), torch.as_tensor(boxes_model, dtype=torch.float32, device=z.device), counts
+            self._embeddings(z, range(n_channels) if present is None else present),
+            torch.as_tensor(boxes_model, dtype=torch.float32, device=z.device),
+            counts,
         )
         logits = _over_boxes(logits[:, tokens], counts, "max").unflatten(0, (n_slices, n_channels))
         iou = _over_boxes(iou[:, tokens], counts, "mean").unflatten(0, (n_slices, n_channels)).mean(dim=1)

@@ -34,7 +34,7 @@ from medsam_lora.prompts import BOX_TABLE, REFERENCE_BOX
 from medsam_lora.prompts.sources import inside, on_grid, read_box_table, reference_boxes, write_box_table
 from medsam_lora.records import CaseRecord, CaseVolumes, Finding, SliceBox, StageOutcome
 from medsam_lora.stages.record import run_record, write_json
-from medsam_lora.stages.train import ADAPTER_FILE
+from medsam_lora.stages.train import ADAPTER_FILE, CACHE_FOLDER
 from medsam_lora.training.guards import peak_memory_mib
 from medsam_lora.transforms.stages import PreparePlan, crop_geometry, prepare_case
 
@@ -69,6 +69,7 @@ def predict(
     boxes: Path | None = None,
     split: str | None = None,
     device: str = "auto",
+    cache: Path | None = None,
 ) -> StageOutcome:
     """Predict the cases of a manifest with a run's adapter.
 
@@ -89,6 +90,8 @@ def predict(
     split : str, optional
         Only the cases of this split.
     device : str
+    cache : Path, optional
+        Folder of cached image embeddings, where ``cache.max_gib`` gives them room; beside `out` by default.
 
     Returns
     -------
@@ -102,6 +105,8 @@ def predict(
     records = _chosen(read_manifest(manifest), split, manifest)
     given = None if boxes is None else read_box_table(boxes)
     segmenter, metadata = load_segmenter(adapter, config.model.weights, target)
+    folder = out.parent / CACHE_FOLDER if cache is None else cache
+    segmenter.use_cache(folder, int(config.cache.max_gib * 2**30), config.predict.amp)
     task = Task(
         segmenter,
         PreparePlan.from_json(metadata["plan"]),

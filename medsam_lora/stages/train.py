@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -11,19 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from medsam_lora.config import Config, dump_config
-from medsam_lora.errors import PreparedError, TrainingError
+from medsam_lora.errors import TrainingError
 from medsam_lora.inference import postprocess
-from medsam_lora.inference.predictor import PredictOptions, predict_slices, reference_boxes, validate_case
-from medsam_lora.inference.volume import to_native
+from medsam_lora.inference.predictor import PredictOptions, validate_case
 from medsam_lora.io.files import write_bytes_atomically
-from medsam_lora.io.manifest import read_manifest
-from medsam_lora.io.store import open_store, read_index
 from medsam_lora.io.tables import write_table
-from medsam_lora.labels import region_mask, regions_of
 from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.models.assemble import adapter_metadata, build_segmenter, choose_device, load_segmenter
 from medsam_lora.models.checkpoint import save_adapter
@@ -33,6 +27,7 @@ from medsam_lora.peft import method_spec
 from medsam_lora.prompts import REFERENCE_BOX
 from medsam_lora.records import PreparedSlices
 from medsam_lora.stages.record import run_record, write_json
+from medsam_lora.stages.training_cases import check_cases, find_store, first_slices, split_cases
 from medsam_lora.training.dataset import PromptOptions, SliceDataset
 from medsam_lora.training.guards import peak_memory_mib
 from medsam_lora.training.loop import LOG_COLUMNS, Trainer
@@ -41,9 +36,7 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter.safetensors"
 STATE_FILE = Path("state") / "last.pt"
-
-# Without validation cases the reloaded adapter is checked on this many slices of a training case.
-_CHECK_SLICES = 8
+CACHE_FOLDER = "cache"
 
 
 def train(
@@ -54,6 +47,7 @@ def train(
     *,
     device: str = "auto",
     resume: bool = False,
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """Train one method on a prepared store.
 
@@ -69,6 +63,8 @@ def train(
     device : str
     resume : bool
         Go on from ``state/last.pt``.
+    cache : Path, optional
+        Folder of cached image embeddings, where ``cache.max_gib`` gives them room; beside `run` by default.
 
     Returns
     -------
@@ -92,8 +88,10 @@ def train(
     segmenter = build_segmenter(
         config.model, config.method, config.fusion, modalities, config.train.regions, seed, target
     )
-    _check_modalities([*training, *validation], modalities)
-    _check_regions([*training, *validation], config.train.regions, store)
+    cached = segmenter.use_cache(
+        run.parent / CACHE_FOLDER if cache is None else cache, _bytes(config), config.train.amp
+    )
+    check_cases([*training, *validation], modalities, config.train.regions, store)
     if config.train.postprocess == "fitted" and not validation:
         raise TrainingError(
             "train.postprocess=fitted needs validation cases, and there are none",
@@ -111,11 +109,15 @@ def train(
         rows = _fit(segmenter, training, validation, prompts, run, config, resume)
     write_table(run / "log.csv", LOG_COLUMNS, rows)
     if config.train.postprocess == "fitted":
-        how = _fit_postprocess(segmenter, validation, config)
+        predicting = PredictOptions(config.predict.batch_size, config.predict.amp, config.predict.threshold)
+        pairs = [
+            postprocess.validation_case(segmenter, c, prompts.kind, prompts.min_voxels, predicting) for c in validation
+        ]
+        how = postprocess.fit(pairs, segmenter.regions)
         metadata["postprocess"] = postprocess.to_json(how)
         logger.info("post-processing, fitted on %d validation cases: %s", len(validation), postprocess.describe(how))
     save_adapter(run / ADAPTER_FILE, segmenter.adapter_state(), metadata)
-    check = _check_reloaded(segmenter, validation or [_first_slices(training[0])], run, config, target)
+    check = _check_reloaded(segmenter, validation or [first_slices(training[0])], run, config, target)
     record = run_record(config) | {
         "stage": "train",
         "method": config.method.name,
@@ -131,61 +133,15 @@ def train(
         "prompt_source": REFERENCE_BOX,
         "regions": list(segmenter.regions),
         "postprocess": postprocess.describe(postprocess.from_json(metadata.get("postprocess", {}))),
+        "cached_embeddings": cached,
         "reload_check": check,
     }
     write_json(run / "run.json", record)
     return record
 
 
-def find_store(prepared: Path) -> Path:
-    """The store at or below `prepared`.
-
-    Raises
-    ------
-    PreparedError
-        Where there is none, or several to choose from.
-    """
-    if (prepared / "plan.json").is_file():
-        return prepared
-    found = sorted(p.parent for p in prepared.glob("*/plan.json"))
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise PreparedError("no prepared store is here", path=prepared, remedy="Run medsam-lora prepare first.")
-    names = ", ".join(p.name for p in found)
-    raise PreparedError(f"several stores are here ({names})", path=prepared, remedy="Give one of them as --prepared.")
-
-
-def split_cases(store: Path, manifest: Path | None) -> tuple[list[PreparedSlices], list[PreparedSlices]]:
-    """Training and validation cases of a store, by the manifest's splits where one is given.
-
-    Raises
-    ------
-    PreparedError
-        Where a training or validation case of the manifest is not in the store.
-    TrainingError
-        Where there is no training case.
-    """
-    cases = {case.case_id: case for case in open_store(store)}
-    if manifest is not None:
-        wanted = {r.case_id: r.split for r in read_manifest(manifest) if r.split in ("train", "val")}
-        absent = sorted(set(wanted) - set(cases))
-        if absent:
-            raise PreparedError(
-                f"{len(absent)} cases of the manifest are not in the store: {', '.join(absent[:5])}",
-                path=store,
-                remedy="Run medsam-lora prepare again, or take the cases that failed out of the manifest.",
-            )
-        cases = {i: dataclasses.replace(cases[i], split=split) for i, split in wanted.items()}
-    training = [case for case in cases.values() if case.split == "train" and case.label is not None]
-    validation = [case for case in cases.values() if case.split == "val" and case.label is not None]
-    if not training:
-        raise TrainingError(
-            "no case with a reference is in the split 'train'",
-            path=manifest or store,
-            remedy="Build the manifest with --train above 0.",
-        )
-    return training, validation
+def _bytes(config: Config) -> int:
+    return int(config.cache.max_gib * 2**30)
 
 
 def _fit(
@@ -229,7 +185,7 @@ def _identity(
     config: Config, training: Sequence[PreparedSlices], validation: Sequence[PreparedSlices], segmenter: Segmenter
 ) -> str:
     settings = config.model_dump(mode="json")
-    for irrelevant in ("predict", "evaluate"):
+    for irrelevant in ("predict", "evaluate", "cache"):
         settings.pop(irrelevant)
     facts = {
         "settings": settings,
@@ -249,6 +205,8 @@ def _check_reloaded(
     """
     options = PredictOptions(config.train.batch_size, config.train.amp)
     reloaded, _ = load_segmenter(run / ADAPTER_FILE, config.model.weights, device)
+    # Embeddings computed in another batch differ in their last bits, which is not what is asked here.
+    reloaded.cache = segmenter.cache
     prompt = config.prompt
     pairs = [
         tuple(
@@ -265,55 +223,6 @@ def _check_reloaded(
             remedy="Report this as a bug with the run folder: these weights must not be used.",
         )
     return {"cases": [c.case_id for c in cases], "dice": [b for _, b in pairs], "largest_difference": worst}
-
-
-def _first_slices(case: PreparedSlices) -> PreparedSlices:
-    n = _CHECK_SLICES
-    label = None if case.label is None else case.label[:n]
-    return dataclasses.replace(
-        case, image=case.image[:n], label=label, ks=case.ks[:n], mean=case.mean[:n], std=case.std[:n], report={}
-    )
-
-
-def _check_modalities(cases: Sequence[PreparedSlices], modalities: Sequence[str]) -> None:
-    for case in cases:
-        if tuple(case.modalities) != tuple(modalities):
-            raise PreparedError(
-                f"the store holds {', '.join(case.modalities)}, the configuration asks for {', '.join(modalities)}",
-                case_id=case.case_id,
-                remedy="Prepare again with the same data.modalities.",
-            )
-
-
-def _check_regions(cases: Sequence[PreparedSlices], regions: Sequence[str], store: Path) -> None:
-    for case in cases:
-        convention = str(read_index(store / case.case_id).get("label_convention", "brats2023"))
-        unknown = [region for region in regions if region not in regions_of(convention)]
-        if unknown:
-            raise TrainingError(
-                f"a reference of the convention {convention!r} does not show {', '.join(unknown)}",
-                case_id=case.case_id,
-                remedy="Train with train.regions: [WT], or leave the case out.",
-            )
-
-
-def _fit_postprocess(
-    segmenter: Segmenter, validation: Sequence[PreparedSlices], config: Config
-) -> dict[str, postprocess.CleanUp]:
-    """Clean-up of each region, chosen on the validation cases with their exact boxes."""
-    options = PredictOptions(config.predict.batch_size, config.predict.amp, config.predict.threshold)
-    cases = []
-    for case in validation:
-        boxes = reference_boxes(case, config.prompt.boxes, config.prompt.min_component_voxels)
-        predicted = predict_slices(segmenter, case, boxes, options)
-        label = np.asarray(case.label)
-        pairs = [
-            (to_native(predicted[:, r], case), to_native(region_mask(label, region), case))
-            for r, region in enumerate(segmenter.regions)
-        ]
-        prediction, reference = (np.stack(masks) for masks in zip(*pairs, strict=True))
-        cases.append(postprocess.ValidationCase(case.case_id, prediction, reference, case.native.voxel_volume_ml))
-    return postprocess.fit(cases, segmenter.regions)
 
 
 def _tensorboard(run: Path) -> Any:

@@ -33,6 +33,11 @@ class Workplace:
         """The manifest of the cases that are used."""
         return self.out / "manifest.csv"
 
+    @property
+    def cache(self) -> Path:
+        """Cached image embeddings, shared by methods and folds."""
+        return self.out / "cache"
+
     def fold_manifests(self) -> list[tuple[str, Path]]:
         """Name (empty where there are no folds) and manifest of every fold."""
         n = self.pipeline.settings.folds

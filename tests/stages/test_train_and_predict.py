@@ -25,7 +25,8 @@ from medsam_lora.stages import train as train_stage
 from medsam_lora.stages.manifest import build_manifest
 from medsam_lora.stages.predict import predict
 from medsam_lora.stages.prepare import prepare
-from medsam_lora.stages.train import find_store, train
+from medsam_lora.stages.train import train
+from medsam_lora.stages.training_cases import find_store
 
 SETTINGS = {
     "model": {"name": "vit_nano", "weights": "random", "image_size": 64},

@@ -1,0 +1,90 @@
+"""Image embeddings on disk, each computed once: for methods that leave the image encoder as it is.
+
+An entry is named by the hash of the slice it was computed from, so that there is nothing to keep in step: another crop,
+another normalisation or a mirrored slice is another entry (with `train.flip` a slice has two, never more), and methods
+that share base weights, input range and precision share the entries. Boxes have no part in it: a jittered or a second
+prompt of the same slice finds its embedding there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# numpy has no bfloat16; the bits are stored as integers and the type in the file's name.
+_TYPES: Final = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+_NAMES: Final = {dtype: name for name, dtype in _TYPES.items()}
+
+
+class EmbeddingCache:
+    """A folder of embeddings.
+
+    Parameters
+    ----------
+    folder : Path
+        Made when the first entry is written. Several caches and processes may share it.
+    identity : mapping of str to plain data
+        Everything besides the slice that an embedding depends on: base weights, input range, image size, precision.
+    max_bytes : int
+        No entry is added once the folder's entries of this identity would exceed it; those there are still used.
+
+    Attributes
+    ----------
+    hits, misses : int
+        Slices found and not found so far.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], max_bytes: int) -> None:
+        text = json.dumps(identity, sort_keys=True)
+        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.max_bytes = max_bytes
+        self.hits = self.misses = 0
+        self.bytes = sum(path.stat().st_size for path in self.folder.glob("*.npy"))
+
+    def keys(self, z: Tensor, present: Sequence[int]) -> list[str]:
+        """The name of every slice's entry.
+
+        Parameters
+        ----------
+        z : Tensor of float32, shape (B, M, X, Y)
+            On the CPU.
+        present : sequence of M int
+            Which modalities the channels are.
+        """
+        head = repr((tuple(z.shape[1:]), tuple(present))).encode()
+        return [hashlib.sha256(head + one.contiguous().numpy().tobytes()).hexdigest()[:32] for one in z]
+
+    def read(self, key: str) -> Tensor | None:
+        """The embedding (M, D, s, s) of a slice, or None where it is not there or cannot be read."""
+        for name, dtype in _TYPES.items():
+            path = self.folder / f"{key}.{name}.npy"
+            if path.is_file():
+                try:
+                    array = np.load(path, mmap_mode="r", allow_pickle=False)
+                except (OSError, ValueError):  # cut short by a full disk, say: computed again
+                    return None
+                self.hits += 1
+                return torch.from_numpy(np.array(array)).view(dtype)
+        return None
+
+    def write(self, key: str, embedding: Tensor) -> None:
+        """Keep the embedding (M, D, s, s) of a slice, whole or not at all, where there is room."""
+        self.misses += 1
+        bits = embedding.detach().cpu().contiguous()
+        if self.bytes + bits.nbytes > self.max_bytes:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{key}.{_NAMES[bits.dtype]}.npy"
+        partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
+        with partial.open("wb") as handle:
+            np.save(handle, bits.view(torch.int32 if bits.element_size() == 4 else torch.int16).numpy())
+        partial.replace(path)
+        self.bytes += path.stat().st_size

@@ -1,0 +1,141 @@
+"""Cached embeddings: the same results, nothing where the encoder changes, room that is kept to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medsam_lora.config import FusionConfig, MethodConfig, ModelConfig
+from medsam_lora.labels import MODALITIES
+from medsam_lora.models.assemble import build_segmenter
+from medsam_lora.models.segmenter import Segmenter
+
+ROOM = 2**26
+BOXES = [np.array([[4.0, 6, 30, 40]], np.float32), np.array([[8.0, 8, 20, 30], [20, 10, 36, 44]], np.float32)]
+
+
+def segmenter(method: str = "decoder_only", seed: int = 0) -> Segmenter:
+    model = ModelConfig(name="vit_nano", weights="random", image_size=64, seed=seed)
+    config = MethodConfig(name=method, rank=2)
+    return build_segmenter(model, config, FusionConfig(), MODALITIES, ["WT"], 0, torch.device("cpu")).eval()
+
+
+def slices(seed: int = 1) -> torch.Tensor:
+    return torch.randn(2, 4, 40, 48, generator=torch.Generator().manual_seed(seed))
+
+
+def calls(model: Segmenter, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Images that the encoder was given, call by call."""
+    seen: list[int] = []
+    encode = model.sam.encode
+
+    def note(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return encode(pixels)
+
+    monkeypatch.setattr(model.sam, "encode", note)
+    return seen
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_the_results_are_the_same_and_the_encoder_runs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amp: str
+) -> None:
+    model, z = segmenter(), slices()
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
+        plain = model(z, BOXES)
+        assert model.use_cache(tmp_path, ROOM, amp)
+        seen = calls(model, monkeypatch)
+        first, second = model(z, BOXES), model(z, BOXES)
+        alone = model(z[1:], BOXES[1:])
+    assert seen == [8]
+    assert torch.equal(first.logits, plain.logits) and torch.equal(second.logits, plain.logits)
+    torch.testing.assert_close(alone.logits, plain.logits[1:], rtol=1e-2 if amp == "bf16" else 1e-4, atol=1e-3)
+    assert model.cache is not None and (model.cache.hits, model.cache.misses) == (3, 2)
+
+
+def test_only_what_is_missing_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, z = segmenter(), slices()
+    model.use_cache(tmp_path, ROOM, "none")
+    model(z[:1], BOXES[:1])
+    seen = calls(model, monkeypatch)
+    both = model(z, BOXES)
+    assert seen == [4]
+    model.cache = None
+    torch.testing.assert_close(both.logits, model(z, BOXES).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_the_decoder_are_the_same(tmp_path: Path) -> None:
+    model, z = segmenter(), slices()
+    gradients = []
+    for _ in range(3):  # without, writing, reading
+        model.zero_grad()
+        model(z, BOXES).logits.square().mean().backward()
+        parameters = model.trainable_groups()["decoder"]
+        gradients.append([p.grad.clone() for p in parameters if p.grad is not None])
+        model.use_cache(tmp_path, ROOM, "none")
+    assert len(gradients[0]) > 10
+    for plain, *cached in zip(*gradients, strict=True):
+        assert all(torch.equal(plain, other) for other in cached)
+
+
+def test_methods_share_entries_and_other_weights_sizes_and_slices_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z = slices()
+    segmenter().use_cache(tmp_path, ROOM, "none")
+    first = segmenter()
+    first.use_cache(tmp_path, ROOM, "none")
+    first(z, BOXES)
+    same = segmenter("zero_shot")
+    same.use_cache(tmp_path, ROOM, "none")
+    seen = calls(same, monkeypatch)
+    same(z, BOXES)
+    assert seen == []
+    same(z.flip(2), BOXES)  # mirrored slices are others
+    same(z[:, :3], BOXES, present=[0, 1, 2])
+    same(z[:, :3], BOXES, present=[1, 2, 3])  # the same voxels as another modality are another question
+    assert seen == [8, 6, 6]
+    other = segmenter(seed=5)
+    other.use_cache(tmp_path, ROOM, "none")
+    seen = calls(other, monkeypatch)
+    other(z, BOXES)
+    assert seen == [8]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_method_that_changes_the_encoder_caches_nothing(tmp_path: Path, method: str) -> None:
+    model = segmenter(method)
+    assert not model.use_cache(tmp_path, ROOM, "none") and model.cache is None
+    model(slices(), BOXES)
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_the_room_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, z = segmenter(), slices()
+    one = 4 * 128 * 4 * 4 * 4  # modalities, channels, grid, bytes
+    assert not model.use_cache(tmp_path, 0, "none")
+    model.use_cache(tmp_path, int(1.5 * one) + 200, "none")
+    model(z, BOXES)
+    assert len(list(tmp_path.rglob("*.npy"))) == 1
+    seen = calls(model, monkeypatch)
+    model(z, BOXES)
+    assert seen == [4]
+    again = segmenter()
+    again.use_cache(tmp_path, int(1.5 * one) + 200, "none")
+    again(slices(2), BOXES)
+    assert len(list(tmp_path.rglob("*.npy"))) == 1, "what another run wrote counts"
+
+
+def test_a_damaged_entry_is_computed_again(tmp_path: Path) -> None:
+    model, z = segmenter(), slices()
+    plain = model(z, BOXES)
+    model.use_cache(tmp_path, ROOM, "none")
+    model(z, BOXES)
+    for path in tmp_path.rglob("*.npy"):
+        path.write_bytes(path.read_bytes()[:200])
+    assert torch.equal(model(z, BOXES).logits, plain.logits)
+    assert torch.equal(model(z, BOXES).logits, plain.logits)
