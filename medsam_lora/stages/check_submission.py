@@ -70,7 +70,7 @@ def check_submission(folder: Path, cases: Collection[str] | None = None, max_byt
 
 def _of_name(path: Path, owners: dict[str, str], known: set[str] | None) -> list[Finding]:
     if not path.is_file() or not path.name.endswith(".nii.gz"):
-        what = "a folder" if path.is_dir() else "no .nii.gz file"
+        what = "a folder" if path.is_dir() else "no .nii.gz file" if path.is_file() else "a link to nothing"
         return [_finding(path, "not_nii_gz", f"{what}; every file must be one", "Leave it out of the archive.")]
     match = _NAME.search(path.name)
     if match is None or match.end() != len(path.name):

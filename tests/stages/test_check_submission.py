@@ -46,6 +46,9 @@ def test_other_files_and_folders_are_named(folder: Path):
     (folder / "record.json").write_text("{}")
     (folder / "more").mkdir()
     (folder / "BraTS-MEN-00005-000.nii").write_bytes(b"")
+    (folder / "a-00006-000.nii.gz").symlink_to(folder / "gone")
+    assert check_submission(folder)[1].detail == "a link to nothing; every file must be one"
+    (folder / "a-00006-000.nii.gz").unlink()
     assert codes(folder) == [
         ("BraTS-MEN-00005-000.nii", "not_nii_gz"), ("more", "not_nii_gz"), ("record.json", "not_nii_gz")
     ]  # fmt: skip
