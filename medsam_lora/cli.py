@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from medsam_lora import __version__
-from medsam_lora.commands import about, data, learning, whole
+from medsam_lora.commands import about, comparing, data, learning, reporting, whole
 from medsam_lora.errors import MedsamLoraError
 
 UNUSABLE_INPUT = 2
@@ -52,7 +52,9 @@ app.command("prepare")(data.prepare)
 app.command("train")(learning.train)
 app.command("predict")(learning.predict)
 app.command("evaluate")(learning.evaluate)
+app.command("compare")(comparing.compare)
 app.command("check-submission")(learning.check_submission)
+app.command("report")(reporting.report)
 app.command("run")(whole.run)
 app.command("demo")(whole.demo)
 app.add_typer(about.weights_app, name="weights")

@@ -1,0 +1,1 @@
+"""The report: what runs left on disk, as one HTML file that needs nothing else."""
