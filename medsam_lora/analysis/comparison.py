@@ -15,7 +15,7 @@ import numpy as np
 from medsam_lora.analysis import paired
 from medsam_lora.analysis.entries import Entry, failed
 from medsam_lora.analysis.statistics import bootstrap_mean
-from medsam_lora.analysis.wording import SCORES, Score
+from medsam_lora.analysis.wording import REFERENCE_VOLUME, SCORES, Score
 from medsam_lora.errors import ConfigError, DataError, nearest
 
 LEVEL: Final = 0.05
@@ -125,7 +125,7 @@ def _check_cases(first: Entry, entry: Entry, region: str) -> None:
             values = f"{ours[apart[0]][column]!r} in {first.label}, {theirs[apart[0]][column]!r} in {entry.label}"
             raise _refusal(entry, f"the {what} differ for {_some(apart)}: {values}", remedy)
     for case, row in ours.items():
-        volumes = [_volume(e, r) for e, r in ((first, row), (entry, theirs[case]))]
+        volumes = [e.number(r, REFERENCE_VOLUME) for e, r in ((first, row), (entry, theirs[case]))]
         if not math.isclose(*volumes, rel_tol=1e-6, abs_tol=1e-6):
             values = f"{volumes[0]:.3f} ml in {first.label}, {volumes[1]:.3f} ml in {entry.label}"
             raise _refusal(
@@ -133,10 +133,6 @@ def _check_cases(first: Entry, entry: Entry, region: str) -> None:
                 f"the references differ for {case}: {region} has {values}",
                 "Evaluate both against the same label files.",
             )
-
-
-def _volume(entry: Entry, row: Mapping[str, str]) -> float:
-    return entry.number(row, Score("reference_volume_ml", "volume"))
 
 
 def _refusal(entry: Entry, message: str, remedy: str) -> DataError:

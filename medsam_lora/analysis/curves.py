@@ -40,16 +40,19 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, str]]]) -> Figure |
         figure = new_figure(10, 4.4, "Training")
         left, right = figure.subplots(1, 2)
         for (name, rows), colour in zip(trained.items(), colour_cycle(len(trained)), strict=True):
-            _curve(left, rows, "loss", colour, name)
-            _curve(right, rows, "val_dice", colour, f"{name}, validation cases")
-            _curve(right, rows, "train_dice", colour, f"{name}, training slices", dashed=True)
+            _curve(left, rows, "loss", colour, label=name)
+            _curve(right, rows, "val_dice", colour)
+            _curve(right, rows, "train_dice", colour, dashed=True)
         left.set_ylabel("training loss (lower is better)")
         right.set_ylabel("Dice (higher is better)")
         right.set_ylim(-0.03, 1.03)
         for axes in (left, right):
             axes.set_xlabel("epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.legend(fontsize=8)
+        right.set_title("solid: validation cases, whole volumes; dashed: training slices", fontsize=9)
+        if any(row.get("fold") for rows in trained.values() for row in rows):
+            left.set_title("faint: single folds; strong: their mean, as far as every fold went", fontsize=9)
+        figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
@@ -126,7 +129,9 @@ def rank_curve(
             _rank_axis(axes, panel)
             axes.set_title(panel.title, fontsize=10)
             axes.set_ylim(-0.03, 1.03)
-            axes.legend(fontsize=8, loc="best")
+        # Panels have the same methods, save where the floor lacks a region.
+        known = {n: h for axes in figure.axes for h, n in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=2, fontsize=8)
         figure.axes[0].set_ylabel("Dice (higher is better)")
     return figure
 
@@ -149,20 +154,25 @@ def _rank_axis(axes: Axes, panel: RankPanel) -> None:
 
 
 def _short(count: int) -> str:
-    """A count in thousands or millions.
+    """A count in thousands or millions, to three digits: ranks differ little where a decoder is trained as well.
 
     Examples
     --------
     >>> _short(640), _short(73_728), _short(4_212_000)
-    ('640', '74 k', '4.2 M')
+    ('640', '73.7 k', '4.21 M')
     """
     if count < 1000:
         return str(count)
-    return f"{count / 1000:.0f} k" if count < 999_500 else f"{count / 1e6:.1f} M"
+    return f"{count / 1000:.3g} k" if count < 999_500 else f"{count / 1e6:.3g} M"
 
 
 def _curve(
-    axes: Axes, rows: Sequence[Mapping[str, str]], column: str, colour: str, label: str, dashed: bool = False
+    axes: Axes,
+    rows: Sequence[Mapping[str, str]],
+    column: str,
+    colour: str,
+    dashed: bool = False,
+    label: str | None = None,
 ) -> None:
     folds: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -174,7 +184,6 @@ def _curve(
     if len(folds) > 1:
         for values in folds.values():
             axes.plot(list(values), list(values.values()), color=colour, linewidth=0.8, alpha=0.3, linestyle=line)
-        label += f", mean of {len(folds)} folds"
     # Where a fold stopped early the mean ends: one over those that went on would be of other folds.
     epochs = sorted(set.intersection(*(set(values) for values in folds.values())))
     means = [float(np.mean([values[epoch] for values in folds.values()])) for epoch in epochs]

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medsam_lora.analysis.wording import Score
+from medsam_lora.analysis.wording import PREDICTION_VOLUME, REFERENCE_VOLUME, SCORES, Score
 from medsam_lora.errors import DataError
 
 _FOLD = re.compile(r"/fold\d+$")
-_SCORED_BY_FLOOR = ("dice", "prediction_volume_ml", "reference_volume_ml")
+_TOLD_BY_FLOOR = (SCORES["dice"], REFERENCE_VOLUME, PREDICTION_VOLUME)
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ def _one_floor(floors: Sequence[Entry]) -> Entry:
             # Where a run predicted nothing of a case, its boxes are not known; another run's are.
             if first is None or (failed(first[1]) and not failed(row)):
                 kept[key] = (entry, row)
-            elif not failed(row) and not _equal_floors(first[1], row):
-                volumes = " and ".join(f"{float(r['prediction_volume_ml']):.3f} ml" for r in (first[1], row))
+            elif not failed(row) and not _equal_floors(first, (entry, row)):
+                volumes = " and ".join(f"{e.number(r, PREDICTION_VOLUME):.3f} ml" for e, r in (first, (entry, row)))
                 raise DataError(
                     f"the boxes differ: filled ({row['region']}), they hold {volumes} in {first[0].path} and here",
                     case_id=row["case_id"],
@@ -162,8 +162,9 @@ def _one_floor(floors: Sequence[Entry]) -> Entry:
     return replace(floors[0], rows=tuple(row for _, row in kept.values()))
 
 
-def _equal_floors(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    return all(math.isclose(float(one[c]), float(other[c]), rel_tol=1e-9, abs_tol=1e-12) for c in _SCORED_BY_FLOOR)
+def _equal_floors(one: tuple[Entry, Mapping[str, str]], other: tuple[Entry, Mapping[str, str]]) -> bool:
+    told = [[entry.number(row, score) for score in _TOLD_BY_FLOOR] for entry, row in (one, other)]
+    return all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) for a, b in zip(*told, strict=True))
 
 
 def _told_apart(entries: Sequence[Entry]) -> list[Entry]:

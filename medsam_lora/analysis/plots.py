@@ -81,6 +81,7 @@ def paired_plot(
             axes.set_ylim(-0.03, 1.03)
         elif values.min() >= 0 and values.max() >= _FAR_MM > 2 * float(np.median(values)):
             axes.set_yscale("symlog", linthresh=1.0)
+            axes.set_ylim(-0.1, 1.4 * values.max())
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         any_lost = any(any(lost) for lost in (failed or {}).values())
         _explain(axes, values.shape[1], any_lost)

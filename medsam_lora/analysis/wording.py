@@ -98,6 +98,9 @@ SCORES: Final[Mapping[str, Score]] = _scores(
 )
 """Every score of ``per_case.csv`` that has a better direction, by its column."""
 
+REFERENCE_VOLUME: Final = Score("reference_volume_ml", "volume of the reference", unit="ml")
+PREDICTION_VOLUME: Final = Score("prediction_volume_ml", "volume of the prediction", unit="ml")
+
 REGION_NAMES: Final[Mapping[str, str]] = {"WT": "whole tumour", "TC": "tumour core", "ET": "enhancing tumour"}
 
 _METHOD_NAMES: Final[Mapping[str, str]] = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from medsam_lora.analysis.comparison_text import Picture, capital
 from medsam_lora.analysis.entries import Entry, failed
-from medsam_lora.analysis.wording import SCORES, Score, method_name, region_name
+from medsam_lora.analysis.wording import PREDICTION_VOLUME, REFERENCE_VOLUME, SCORES, Score, method_name, region_name
 from medsam_lora.config import load_yaml
 from medsam_lora.errors import MedsamLoraError
 from medsam_lora.io.files import write_bytes_atomically
@@ -111,8 +111,8 @@ def _volumes(entries: Sequence[Entry]) -> list[tuple[Picture, Figure]]:
     for region in _regions(methods):
         volumes = {
             method_name(entry.label): (
-                [_number(row["reference_volume_ml"]) for row in entry.of(region).values()],
-                [_number(row["prediction_volume_ml"]) for row in entry.of(region).values()],
+                [entry.number(row, REFERENCE_VOLUME) for row in entry.of(region).values()],
+                [_predicted_volume(entry, row) for row in entry.of(region).values()],
             )
             for entry in methods
         }
@@ -125,8 +125,9 @@ def _volumes(entries: Sequence[Entry]) -> list[tuple[Picture, Figure]]:
     return drawn
 
 
-def _number(text: str) -> float:
-    return float(text) if text else math.nan
+def _predicted_volume(entry: Entry, row: Mapping[str, str]) -> float:
+    # A prediction that is missing has no volume; any other has one.
+    return math.nan if failed(row) and not row["prediction_volume_ml"] else entry.number(row, PREDICTION_VOLUME)
 
 
 def _owned(entries: Sequence[Entry], entry: Entry, name: str) -> Path | None:
@@ -144,8 +145,10 @@ def _training(entries: Sequence[Entry], notes: list[str]) -> tuple[Picture, Figu
         path = _owned(entries, entry, "log.csv")
         if path is not None:
             try:
-                logs[name] = read_table(path, ("epoch",))
-            except MedsamLoraError as error:
+                rows = read_table(path, ("epoch",))
+                _check_log(rows)
+                logs[name] = rows
+            except (MedsamLoraError, ValueError) as error:
                 notes.append(f"the training of {name} is not drawn: {error}")
     figure = training_curves(logs)
     if figure is None:
@@ -153,6 +156,14 @@ def _training(entries: Sequence[Entry], notes: list[str]) -> tuple[Picture, Figu
         return None
     caption = "Training: loss and Dice by epoch. Faint lines are single folds, where there are any."
     return Picture("curves", caption), figure
+
+
+def _check_log(rows: Sequence[Mapping[str, str]]) -> None:
+    """Every cell that is drawn is a number; ValueError where one is none."""
+    for row in rows:
+        int(row["epoch"])
+        for column in ("loss", "train_dice", "val_dice"):
+            float(row.get(column) or 0)
 
 
 def _ranks(entries: Sequence[Entry], bootstrap: int, seed: int, notes: list[str]) -> tuple[Picture, Figure] | None:
