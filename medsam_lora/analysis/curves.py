@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medsam_lora.analysis.figures import COLOURS, FLOOR_COLOUR, colour_cycle, new_figure, style
+from medsam_lora.analysis.figures import COLOURS, FLOOR_COLOUR, colour_cycle, new_figure, settled, style
 from medsam_lora.analysis.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, str]]]) -> Figure |
         if any(row.get("fold") for rows in trained.values() for row in rows):
             left.set_title("faint: single folds; strong: their mean, as far as every fold went", fontsize=9)
         figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    return figure
+        return settled(figure)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def rank_curve(
         known = {n: h for axes in figure.axes for h, n in zip(*axes.get_legend_handles_labels(), strict=True)}
         figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=2, fontsize=8)
         figure.axes[0].set_ylabel("Dice (higher is better)")
-    return figure
+        return settled(figure)
 
 
 def _rank_axis(axes: Axes, panel: RankPanel) -> None:

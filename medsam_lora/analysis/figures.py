@@ -73,6 +73,19 @@ def new_figure(width_in: float, height_in: float, title: str) -> Figure:
     return figure
 
 
+def settled(figure: Figure) -> Figure:
+    """The figure with its parts where they belong; otherwise they would be laid out again for every file.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+        Finished; called inside `style`.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
 def figure_svg(figure: Figure) -> str:
     """A figure as SVG: an ``<svg>`` element to stand alone or inside an HTML page.
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 MOST_EXACT = 100
-"""Up to this many differences other than 0 the p-value is exact; above, the normal approximation is within 0.002 of it."""
+"""Up to this many differences other than 0 the p-value is exact; beyond, the normal approximation is 0.002 off at most."""
 
 # Means over a patient's cases differ by roundings where they are equal; scores carry far fewer digits than this.
 _DIGITS = 12

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from medsam_lora.analysis.figures import FAINT, FLOOR_COLOUR, colour_cycle, new_figure, style
+from medsam_lora.analysis.figures import FAINT, FLOOR_COLOUR, colour_cycle, new_figure, settled, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,7 +85,7 @@ def paired_plot(
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         any_lost = any(any(lost) for lost in (failed or {}).values())
         _explain(axes, values.shape[1], any_lost)
-    return figure
+        return settled(figure)
 
 
 def bland_altman_plot(volumes: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str) -> Figure:
@@ -126,7 +126,7 @@ def bland_altman_plot(volumes: Mapping[str, tuple[Sequence[float], Sequence[floa
         panels[0].set_ylim(min(low, -_LEAST_ML), max(high, _LEAST_ML))
         for axes in panels[len(names) :]:
             axes.set_visible(False)
-    return figure
+        return settled(figure)
 
 
 def _colours(names: Sequence[str], floor: str | None) -> dict[str, str]:
