@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 MOST_EXACT = 100
-"""Up to this many differences other than 0 the p-value is exact; beyond, the normal approximation is 0.002 off at most."""
+"""Up to this many differences other than 0 the p-value is exact; beyond, it is at most 0.002 off."""
 
 # Means over a patient's cases differ by roundings where they are equal; scores carry far fewer digits than this.
 _DIGITS = 12
