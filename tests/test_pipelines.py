@@ -13,7 +13,7 @@ import yaml
 
 from medsam_lora.config import load_config
 from medsam_lora.errors import ConfigError, ManifestError
-from medsam_lora.io.tables import PER_CASE_COLUMNS, SUMMARY_COLUMNS
+from medsam_lora.io.tables import CHALLENGE_COLUMNS, PER_CASE_COLUMNS, SUMMARY_COLUMNS
 from medsam_lora.peft import METHODS
 from medsam_lora.stages.pipeline import load_pipeline, parse_pipeline
 from medsam_lora.stages.run import run, run_file
@@ -99,7 +99,34 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     assert [r["method"] for r in summary] == ["filled_box", "zero_shot", "lora"]
     assert (finished / "overview.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(p.name for p in (finished / "cohort").iterdir() if p.is_dir())
-    assert json.loads((finished / "run.json").read_text())["stage_seconds"]
+    assert set(json.loads((finished / "run.json").read_text())["stage_seconds"]) >= {"evaluate", "compare"}
+    pairs = {(r["method"], r["baseline"]) for r in read(finished / "comparison" / "statistics.csv")}
+    assert ("lora", "zero_shot") in pairs and ("lora", "filled_box") in pairs
+    page = (finished / "report.html").read_text()
+    assert all(r["case_id"] in page for r in read(finished / "runs" / "lora" / "per_case.csv"))
+
+
+def test_a_pipeline_scores_three_regions_as_a_challenge_does(tmp_path: Path) -> None:
+    train = {**TINY["train"], "regions": ["WT", "TC", "ET"]}
+    data = {**TINY, "train": train, "evaluate": {"challenge": "brats2023-men"}, "cache": {"max_gib": 0.1}}
+    data["methods"] = [{"name": "zero_shot"}, {"name": "decoder_only"}]
+    out = tmp_path / "out"
+    assert run(parse_pipeline(data), out, device="cpu") == 0
+    for method in ("filled_box", "zero_shot", "decoder_only"):
+        rows = read(out / "runs" / method / "per_case.csv")
+        assert list(rows[0]) == [*PER_CASE_COLUMNS, *CHALLENGE_COLUMNS]
+        assert {r["region"] for r in rows} == {"WT", "TC", "ET"} and {r["challenge"] for r in rows} == {"brats2023-men"}
+    # Both methods leave the encoder as it is: every slice was embedded once for both.
+    assert list((out / "cache").rglob("*.npy"))
+    scores = {r["metric"] for r in read(out / "comparison" / "statistics.csv")}
+    assert {"dice", "lesionwise_dice", "hd95_mm"} <= scores
+
+
+def test_stages_after_evaluate_can_be_left_out(tmp_path: Path) -> None:
+    data = {**TINY, "stages": ["verify", "prepare", "train", "predict", "evaluate"], "methods": [{"name": "zero_shot"}]}
+    assert run(parse_pipeline(data), tmp_path / "out", device="cpu") == 0
+    assert (tmp_path / "out" / "summary.csv").is_file()
+    assert not (tmp_path / "out" / "comparison").exists() and not (tmp_path / "out" / "report.html").exists()
 
 
 def test_the_summary_is_the_mean_of_the_cases(finished: Path) -> None:

@@ -13,7 +13,7 @@ from medsam_lora.config import Config, Section, apply_overrides, build_config, l
 from medsam_lora.errors import ConfigError
 from medsam_lora.peft import method_spec
 
-Stage = Literal["verify", "prepare", "train", "predict", "evaluate"]
+Stage = Literal["verify", "prepare", "train", "predict", "evaluate", "compare", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
@@ -35,12 +35,21 @@ class SplitSection(Section):
 
 
 class PretrainSection(Section):
-    """Training of vit_nano on synthetic shapes before anything else, while it has no weights of its own."""
+    """Training of vit_nano on synthetic scenes (`medsam-lora pretrain`)."""
 
     steps: int = Field(200, ge=1, description="Optimiser steps.")
-    batch_size: int = Field(8, ge=1, description="Shapes per step.")
+    batch_size: int = Field(8, ge=1, description="Pictures per step at the model's own size.")
+    small_batch: int = Field(16, ge=1, description="Pictures per step at `small_size`.")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
-    image_size: int = Field(256, ge=32, description="Side of the shapes' images.")
+    weight_decay: float = Field(0.05, ge=0, description="Of AdamW.")
+    image_size: int = Field(256, ge=32, description="The model's own size: side of its pictures.")
+    small_size: int = Field(128, ge=32, description="Side of the pictures of most steps, which cost less.")
+    native_from: float = Field(
+        0.7, ge=0, le=1, description="Share of the steps after which every second one is at `image_size`."
+    )
+    processes: int = Field(1, ge=1, description="Processes that share each batch and average their gradients.")
+    validate_every: int = Field(250, ge=1, description="Steps between held-out shapes and saved states.")
+    validate_shapes: int = Field(96, ge=1, description="Held-out shapes, of a seed of their own.")
     seed: int = Field(0, ge=0, description="Seed.")
 
 

@@ -1,4 +1,4 @@
-"""A whole pipeline: cohort, verify, prepare, train, predict and evaluate for every method and fold, then a summary."""
+"""A whole pipeline: verify, prepare, train, predict and evaluate for every method and fold; comparison and report."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from medsam_lora.io.tables import FINDING_COLUMNS, write_table
 from medsam_lora.stages.cohort import choose_cases, find_cohort
 from medsam_lora.stages.pipeline import STAGES, Method, Pipeline, load_pipeline
 from medsam_lora.stages.record import run_record, write_json
+from medsam_lora.stages.scoring import FLOOR
 from medsam_lora.stages.summary import write_summary
 from medsam_lora.stages.workplace import Workplace, timed
 
@@ -90,8 +91,59 @@ def run(pipeline: Pipeline, out: Path, *, start: str | None = None, device: str 
     # The same fault can be met by several methods and folds; once is enough for the reader.
     unique = {(f.case_id, f.file, f.code, f.detail): f for f in place.failures}
     write_table(out / "failures.csv", FINDING_COLUMNS, [vars(f) for f in unique.values()])
+    if place.runs("compare"):
+        with timed(place, "compare"):
+            _compare(place)
+    # Before the report, which tells what is in it.
+    _write_record(place, started)
+    page = None
+    if place.runs("report"):
+        with timed(place, "report"):
+            page = _report(place)
+    if summary is not None:
+        print(summary)
+    if page is not None:
+        print(f"report: {page}")
+    if unique:
+        print(f"{len(unique)} faults; the cases concerned are listed in {out / 'failures.csv'}")
+    print(f"results: {out}")
+    return 1 if unique else 0
+
+
+def _tables(place: Workplace) -> list[Path]:
+    """``per_case.csv`` of every method and of the floor, as far as they are there."""
+    labels = [*(method.label for method in place.pipeline.methods), FLOOR]
+    paths = [place.out / "runs" / label / "per_case.csv" for label in labels]
+    return [path for path in paths if path.is_file()]
+
+
+def _compare(place: Workplace) -> None:
+    tables = _tables(place)
+    if len(tables) < 2:
+        logger.info("compare: nothing to compare with")
+        return
+    from medsam_lora.stages.compare import compare
+
+    base = place.pipeline.base.evaluate
+    compare(tables, place.out / "comparison", bootstrap=base.bootstrap, seed=base.seed)
+
+
+def _report(place: Workplace) -> Path | None:
+    if not _tables(place):
+        logger.info("report: no method is scored yet")
+        return None
+    from medsam_lora.stages.report import report
+
+    base, name = place.pipeline.base.evaluate, place.pipeline.settings.name
+    return report(
+        [place.out], place.out / "report.html", root=place.root, title=name, bootstrap=base.bootstrap, seed=base.seed
+    )
+
+
+def _write_record(place: Workplace, started: float) -> None:
+    pipeline = place.pipeline
     write_json(
-        out / "run.json",
+        place.out / "run.json",
         run_record(pipeline.base)
         | {
             "pipeline": pipeline.settings.model_dump(mode="json"),
@@ -100,12 +152,6 @@ def run(pipeline: Pipeline, out: Path, *, start: str | None = None, device: str 
             "duration_s": time.perf_counter() - started,
         },
     )
-    if summary is not None:
-        print(summary)
-    if unique:
-        print(f"{len(unique)} faults; the cases concerned are listed in {out / 'failures.csv'}")
-    print(f"results: {out}")
-    return 1 if unique else 0
 
 
 def _pretrained(place: Workplace) -> Pipeline:
@@ -169,7 +215,14 @@ def _train_and_predict(place: Workplace, method: Method, fold: str, manifest: Pa
         logger.info("predict: %s", name)
         with timed(place, f"predict {name}"):
             outcome = predict(
-                manifest, place.root, folder, folder / "predictions", method.config, split="test", device=place.device
+                manifest,
+                place.root,
+                folder,
+                folder / "predictions",
+                method.config,
+                split="test",
+                device=place.device,
+                cache=place.cache,
             )
         place.failures += outcome.failed
 
@@ -179,7 +232,7 @@ def _train(place: Workplace, method: Method, folder: Path, manifest: Path, store
     from medsam_lora.stages.train import STATE_FILE, train
 
     inputs = {
-        "config": method.config.model_dump(mode="json", exclude={"predict", "evaluate"}),
+        "config": method.config.model_dump(mode="json", exclude={"predict", "evaluate", "cache"}),
         "store": store.name,
         "manifest": sha256_of(manifest),
     }
@@ -194,4 +247,4 @@ def _train(place: Workplace, method: Method, folder: Path, manifest: Path, store
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(key + "\n")
     logger.info("train: %s%s", folder.relative_to(place.out), " (resumed)" if resume else "")
-    train(manifest, store, folder, method.config, device=place.device, resume=resume)
+    train(manifest, store, folder, method.config, device=place.device, resume=resume, cache=place.cache)
