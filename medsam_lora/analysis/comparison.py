@@ -88,7 +88,11 @@ def check_comparable(entries: Sequence[Entry], scores: Sequence[Score]) -> None:
     for entry in entries[1:]:
         if not (entry.is_floor or first.is_floor) and set(entry.regions) != set(first.regions):
             both = f"{first.label} has {', '.join(first.regions)}, {entry.label} has {', '.join(entry.regions)}"
-            raise _refusal(entry, f"the regions differ: {both}", "Evaluate both with the same --region options.")
+            raise _refusal(
+                entry,
+                f"the regions differ: {both}",
+                "Compare runs that were trained for, and evaluated on, the same regions.",
+            )
         for region in first.regions:
             if region in entry.regions:
                 _check_cases(first, entry, region)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medsam_lora.analysis.wording import PREDICTION_VOLUME, REFERENCE_VOLUME, SCORES, Score
+from medsam_lora.analysis.wording import PREDICTION_VOLUME, REFERENCE_VOLUME, SCORES, Score, method_name
 from medsam_lora.errors import DataError
 
 _FOLD = re.compile(r"/fold\d+$")
@@ -172,10 +172,10 @@ def _told_apart(entries: Sequence[Entry]) -> list[Entry]:
     for method in dict.fromkeys(entry.method for entry in entries):
         group = [i for i, entry in enumerate(entries) if entry.method == method]
         labels |= dict(zip(group, _labels([entries[i] for i in group]), strict=True))
-    taken = list(labels.values())
-    # A label that another method has as well is told apart by its number; the methods' own names hardly collide.
+    # A label that another entry has, or is shown under, is told apart by its number; this hardly ever happens.
+    taken = [method_name(label) for label in labels.values()]
     return [
-        replace(entry, label=labels[i] if taken.count(labels[i]) == 1 else f"{labels[i]} #{i + 1}")
+        replace(entry, label=labels[i] if taken.count(method_name(labels[i])) == 1 else f"{labels[i]} #{i + 1}")
         for i, entry in enumerate(entries)
     ]
 

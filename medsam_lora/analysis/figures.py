@@ -104,7 +104,8 @@ def figure_svg(figure: Figure) -> str:
     # Names of groups are those of every other figure on the page; shapes that are referred to have names of their own.
     text = _GROUP_NAME.sub("<g>", _STYLE_SHEET.sub("", text))
     title = html.escape(figure.get_suptitle())
-    head = f'<svg role="img" aria-label="{title}" stroke-linejoin="round" stroke-linecap="butt"'
+    head = f'<svg role="img" aria-label="{title}" style="max-width: 100%; height: auto"'
+    head += ' stroke-linejoin="round" stroke-linecap="butt"'
     return text.replace("<svg", head, 1)
 
 

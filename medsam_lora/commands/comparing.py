@@ -10,7 +10,7 @@ import typer
 
 def compare(
     tables: Annotated[
-        list[Path], typer.Argument(metavar="PER_CASE.csv...", help="Tables of evaluate, or run folders with one.")
+        list[Path], typer.Argument(metavar="PER_CASE.csv", help="Tables of evaluate, or run folders with one.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the tables and plots.")],
     baseline: Annotated[

@@ -70,7 +70,7 @@ def _names(entries: Sequence[Entry]) -> dict[str, Entry]:
 
 
 def _floor_name(entries: Sequence[Entry]) -> str | None:
-    return next((method_name(entry.label) for entry in entries if entry.is_floor), None)
+    return next((name for name, entry in _names(entries).items() if entry.is_floor), None)
 
 
 def _regions(entries: Sequence[Entry]) -> list[str]:
@@ -110,11 +110,11 @@ def _volumes(entries: Sequence[Entry]) -> list[tuple[Picture, Figure]]:
     drawn = []
     for region in _regions(methods):
         volumes = {
-            method_name(entry.label): (
+            name: (
                 [entry.number(row, REFERENCE_VOLUME) for row in entry.of(region).values()],
                 [_predicted_volume(entry, row) for row in entry.of(region).values()],
             )
-            for entry in methods
+            for name, entry in _names(methods).items()
         }
         figure = bland_altman_plot(volumes, title=f"Volume of the {region_name(region)}")
         caption = (
@@ -189,15 +189,15 @@ def _ranks(entries: Sequence[Entry], bootstrap: int, seed: int, notes: list[str]
                 for entry, settings in runs
             ]
         lines = {}
-        for entry in level:
+        for name, entry in _names(level).items():
             values = [entry.number(row, SCORES["dice"]) for row in entry.of(region).values()]
             if values:
-                lines[method_name(entry.label)] = math.fsum(values) / len(values)
+                lines[name] = math.fsum(values) / len(values)
         panels.append(RankPanel(capital(region_name(region)), points, lines))
     for method, runs in sweeps.items():
         if differing := _other_differences([settings for _, settings in runs]):
             notes.append(f"the runs of {method} in the rank sweep differ in more than the rank: {', '.join(differing)}")
-    figure = rank_curve(panels, title="Dice by rank", floor=_floor_name(entries), bootstrap=bootstrap, seed=seed)
+    figure = rank_curve(panels, title="Dice by rank", floor=_floor_name(level), bootstrap=bootstrap, seed=seed)
     caption = (
         "Rank sweep: mean Dice with its 95 % interval over patients against the rank; horizontal lines are methods "
         "without a rank. Overlapping intervals do not show equality: see the paired differences."

@@ -241,6 +241,10 @@ def test_runs_of_one_method_are_told_apart():
     assert labels(("/o/a/runs/lora/t.csv", BASE), ("/o/b/runs/lora/t.csv", BASE)) == [
         ("lora (a)", False), ("lora (b)", False)
     ]  # fmt: skip
+    # What a reader sees is told apart as well: lora is shown as LoRA.
+    assert labels(("x.csv", BASE), ("y.csv", [r | {"method": "LoRA"} for r in BASE])) == [
+        ("lora #1", False), ("LoRA #2", False)
+    ]  # fmt: skip
     # One table of both.
     assert labels(("x.csv", named[0] + named[1])) == [("lora_r4", False), ("lora_r8", False)]
     with pytest.raises(DataError, match=r"case a-0: .*lora has two rows of WT"):
