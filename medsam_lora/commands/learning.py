@@ -62,7 +62,10 @@ def evaluate(
     predictions: Annotated[Path, typer.Option("--predictions", metavar="DIR", help="What predict wrote.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of per_case.csv and summary.json.")],
     root: options.RootOption = None,
-    boxes: options.BoxesOption = None,
+    boxes: Annotated[
+        Path | None,
+        typer.Option("--boxes", metavar="FILE.csv", help="Boxes of the floor [prompts.csv of --predictions]."),
+    ] = None,
     split: options.SplitOption = None,
     challenge: Annotated[
         str | None,
