@@ -105,7 +105,11 @@ class SamModel(nn.Module):
         return self.image_encoder(pixels)
 
     def decode(
-        self, embedding: Tensor, boxes: Tensor | None, counts: Sequence[int] | None = None
+        self,
+        embedding: Tensor,
+        boxes: Tensor | None,
+        counts: Sequence[int] | None = None,
+        points: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits of every mask token for every prompt.
 
@@ -114,9 +118,13 @@ class SamModel(nn.Module):
         embedding : Tensor of float, shape (B, D, s, s)
             From `encode`.
         boxes : Tensor of float, shape (N, 4), or None
-            XYXY in model pixels, the first image's boxes first. None is SAM without a prompt, once per image.
+            XYXY in model pixels, the first image's boxes first. None, without points, is SAM without a prompt, once per
+            image.
         counts : sequence of B int, optional
-            Boxes of each image, summing to N; one each by default.
+            Prompts of each image, summing to N; one each by default.
+        points : tuple of Tensor, optional
+            XY of points in model pixels, float, shape (N, P, 2), and their labels, shape (N, P): 1 inside the object, 0
+            outside. With boxes they belong to the same N prompts.
 
         Returns
         -------
@@ -129,15 +137,22 @@ class SamModel(nn.Module):
         Raises
         ------
         ValueError
-            Where boxes and counts do not fit the embedding.
+            Where prompts and counts do not fit the embedding.
         """
         counts = [1] * len(embedding) if counts is None else list(counts)
-        n_prompts = len(embedding) if boxes is None else len(boxes)
+        unprompted = boxes is None and points is None
+        given = [len(part) for part in (boxes, *(points or ())) if part is not None]
+        n_prompts = given[0] if given else len(embedding)
         each_one = all(count == 1 for count in counts)
-        if len(counts) != len(embedding) or sum(counts) != n_prompts or (boxes is None and not each_one):
+        if (
+            len(counts) != len(embedding)
+            or sum(counts) != n_prompts
+            or any(n != n_prompts for n in given)
+            or (unprompted and not each_one)
+        ):
             raise ValueError(f"{n_prompts} prompts, counted {counts}, do not fit {len(embedding)} images")
-        sparse, dense, positions = self._encode_prompts(boxes)
-        if boxes is None:
+        sparse, dense, positions = self._encode_prompts(boxes, points)
+        if unprompted:
             sparse = sparse.expand(n_prompts, -1, -1)
         if not each_one:
             embedding = embedding.repeat_interleave(torch.tensor(counts, device=embedding.device), dim=0)
@@ -149,11 +164,14 @@ class SamModel(nn.Module):
         """`decode` of `encode`: see there."""
         return self.decode(self.encode(pixels), boxes, counts)
 
-    def _encode_prompts(self, boxes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _encode_prompts(
+        self, boxes: Tensor | None, points: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # In half precision the Fourier features of a coordinate would be off by pixels: 2^-8 of a 1024 px frame is 4.
         with torch.autocast(self.pixel_mean.device.type, enabled=False):
             boxes = None if boxes is None else boxes.float()
-            sparse, _ = self.prompt_encoder(points=None, boxes=boxes, masks=None)
+            points = None if points is None else (points[0].float(), points[1])
+            sparse, _ = self.prompt_encoder(points=points, boxes=boxes, masks=None)
             positions = self.prompt_encoder.get_dense_pe()
         # Upstream's dense embedding without a mask prompt, left to broadcast over prompts and cells.
         return sparse, self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1), positions

@@ -81,6 +81,34 @@ def test_vit_nano(counts: list[int] | None) -> None:
     assert_equal_to_official(build("vit_nano"), counts)
 
 
+@pytest.mark.parametrize("with_boxes", [False, True], ids=["points", "points and boxes"])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_points(encoder: str, with_boxes: bool) -> None:
+    model = toy(encoder)
+    images = raw_images(model.image_size, model.image_size * 3 // 4, len(COUNTS))
+    generator = torch.Generator().manual_seed(6)
+    points = torch.rand(sum(COUNTS), 2, 2, generator=generator) * model.image_size * 0.7
+    labels = torch.randint(0, 2, (sum(COUNTS), 2), generator=generator)
+    boxes = some_boxes(model.image_size, sum(COUNTS)) if with_boxes else None
+    with torch.no_grad():
+        logits, iou = model.decode(model.encode(normalised(model, images)), boxes, COUNTS, (points, labels))
+        records = []
+        parts = zip(torch.split(points, COUNTS), torch.split(labels, COUNTS), strict=True)
+        for number, (image, (places, kinds)) in enumerate(zip(images, parts, strict=True)):
+            record = {"image": image, "original_size": tuple(image.shape[1:])}
+            record |= {"point_coords": places, "point_labels": kinds}
+            if boxes is not None:
+                record["boxes"] = torch.split(boxes, COUNTS)[number]
+            records.append(record)
+        single, multi = (official(model)(records, multimask_output=several) for several in (False, True))
+    expected = [torch.cat([a["low_res_logits"], b["low_res_logits"]], dim=1) for a, b in zip(single, multi, strict=True)]
+    trust = [torch.cat([a["iou_predictions"], b["iou_predictions"]], dim=1) for a, b in zip(single, multi, strict=True)]
+    for ours, theirs in ((logits, torch.cat(expected)), (iou, torch.cat(trust))):
+        assert ours.shape == theirs.shape
+        assert theirs.std() > 0
+        assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
+
+
 def test_vit_b_at_a_smaller_size() -> None:
     assert_equal_to_official(build("vit_b", "random", 128), [1, 2])
 
