@@ -84,7 +84,10 @@ def find_places(
     if manifest is not None:
         pairs = [(manifest, manifest.parent if root is None else root)]
     else:
-        pairs = [(m, r if root is None else root) for run in runs for m, r in _recorded(run, default_root)]
+        # What was recorded goes before what can be guessed from where a folder lies.
+        found = [pair for run in runs for pair in _recorded(run)]
+        found += [pair for run in runs for pair in _beside(run, default_root)]
+        pairs = [(path, base if root is None else root) for path, base in found]
     wanted = {row["case_id"] for run in runs for row in run.rows}
     places: dict[str, Place] = {}
     for path, base in dict.fromkeys(pairs):
@@ -159,17 +162,22 @@ def largest_slice(mask: np.ndarray) -> tuple[int, int, int]:
     return round(float(i)), round(float(j)), k
 
 
-def _recorded(run: Run, default_root: Path) -> list[tuple[Path, Path]]:
+def _recorded(run: Run) -> list[tuple[Path, Path]]:
     pairs = []
     for record in run.prediction:
         named, root = record.data.get("manifest"), record.data.get("root")
         if named and root and Path(str(named)).is_file() and Path(str(root)).is_dir():
             pairs.append((Path(str(named)), Path(str(root))))
-    # A pipeline's folder that was moved, or made before records named their manifest.
-    home = run.folder.resolve().parent.parent
-    if not pairs and run.folder.resolve().parent.name == "runs" and (home / "manifest.csv").is_file():
-        pairs.append((home / "manifest.csv", _pipeline_root(home, default_root)))
     return pairs
+
+
+def _beside(run: Run, default_root: Path) -> list[tuple[Path, Path]]:
+    """The manifest of a pipeline whose folder was moved, or made before records named it."""
+    place = run.folder.resolve()
+    home = place.parent.parent
+    if place.parent.name != "runs" or not (home / "manifest.csv").is_file():
+        return []
+    return [(home / "manifest.csv", _pipeline_root(home, default_root))]
 
 
 def _pipeline_root(home: Path, default_root: Path) -> Path:

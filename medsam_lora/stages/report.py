@@ -89,7 +89,7 @@ def _show_cases(page: Page, places: dict[str, Place], max_mib: float) -> None:
             case = read_shown(places[case_id], page.runs, FLOOR)
         except MedsamLoraError as error:
             absent.append(case_id)
-            reasons.append(error.message)
+            reasons.append(error.message if error.path is None else f"{error.path}: {error.message}")
             continue
         packer.add(case)
         if case_id in extreme:
