@@ -200,7 +200,7 @@ def compare_pairs(pairs: Sequence[Pair], scores: Sequence[Score], n: int = 2000,
                 if region in baseline.regions
             ]
             for row, p_holm in zip(block, paired.holm([row["p_value"] for row in block]), strict=True):
-                row |= {"family": family, "p_holm": p_holm}
+                row |= {"family": family, "n_comparisons": len(block), "p_holm": p_holm}
                 row["verdict"] = _verdict(row, score)
             rows += block
     return rows

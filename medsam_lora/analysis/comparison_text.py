@@ -48,7 +48,7 @@ def sentence(row: Mapping[str, Any]) -> str:
     --------
     >>> row = {"metric": "dice", "region": "WT", "method": "lora", "baseline": "zero_shot", "verdict": "better"}
     >>> row |= {"mean_difference": 0.064, "difference_low": 0.039, "difference_high": 0.093, "wins": 8, "losses": 0}
-    >>> row |= {"n_cases": 8, "n_patients": 8, "p_value": 0.0078125, "p_holm": 0.015625}
+    >>> row |= {"n_cases": 8, "n_patients": 8, "p_value": 0.0078125, "p_holm": 0.015625, "n_comparisons": 2}
     >>> print(sentence(row))
     LoRA beats zero-shot by 0.064 Dice (95 % 0.039 to 0.093), higher in 8 of 8 cases, p = 0.0078 (Holm 0.016).
     """
@@ -74,10 +74,17 @@ def sentence(row: Mapping[str, Any]) -> str:
     start = f"Not confirmed: {method} is {way} than {baseline} by {amount}"
     if row["n_patients"] == 1:
         return f"{start}; one patient cannot tell."
-    least = smallest_p(row["n_patients"])
-    return f"{start}, but {tests}" + (
-        f", with {row['n_patients']} patients never below {least:.2g}." if least > LEVEL else "."
-    )
+    least = _least(row)
+    if least <= LEVEL:
+        return f"{start}, but {tests}."
+    m = row["n_comparisons"]
+    compared = f" and {m} comparisons" if m > 1 else ""
+    return f"{start}, but {tests}; {row['n_patients']} patients{compared} cannot give less than {least:.2g}."
+
+
+def _least(row: Mapping[str, Any]) -> float:
+    """The smallest corrected p-value that so many patients and comparisons allow: m times the smallest p."""
+    return min(1.0, row["n_comparisons"] * smallest_p(row["n_patients"]))
 
 
 def _span(score: Score, low: float, high: float) -> str:
@@ -129,7 +136,9 @@ def page(
             block = [row for row in rows if row["family"] == family and row["metric"] == score.column]
             lines += [f"### {_HEADINGS[family]}", "", *([_FLOOR_NOTE, ""] if family == FLOOR else [])]
             tests = "the one comparison" if len(block) == 1 else f"the {len(block)} comparisons"
-            lines += [*_differences(block, score), "", f"Holm's correction is over {tests} of this table.", ""]
+            least = min(map(_least, block))
+            bound = f" So few patients cannot give a corrected p below {least:.2g}." if least > LEVEL else ""
+            lines += [*_differences(block, score), "", f"Holm's correction is over {tests} of this table.{bound}", ""]
     if pictures:
         lines += ["## Pictures", ""]
         for picture in pictures:

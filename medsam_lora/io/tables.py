@@ -62,6 +62,7 @@ CHALLENGE_COLUMNS: Final = (
 SUMMARY_COLUMNS: Final = ("method", "region", "n_cases", "dice_mean", "dice_low", "dice_high")
 STATISTICS_COLUMNS: Final = (
     "family",
+    "n_comparisons",
     "metric",
     "better",
     "region",

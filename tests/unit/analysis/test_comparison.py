@@ -134,7 +134,13 @@ def test_verdicts_and_sentences_claim_no_more_than_they_may():
     few = pair(cohort(dict(list(shift.items())[:3])), cohort(dict(list(EIGHT.items())[:3])))
     # The interval leaves out 0, but three patients cannot give a p below 2 / 2^3.
     assert few["difference_low"] > 0 and few["verdict"] == NOT_CONFIRMED
-    assert sentence(few).startswith("Not confirmed: ") and "with 3 patients never below 0.25" in sentence(few)
+    assert sentence(few).startswith("Not confirmed: ") and sentence(few).endswith(
+        "; 3 patients cannot give less than 0.25."
+    )
+    # Eight patients of one sign are enough for six comparisons, not for seven.
+    many = few | {"n_patients": 8, "n_comparisons": 7, "p_value": 2 / 2**8, "p_holm": 7 * 2 / 2**8}
+    assert sentence(many).endswith("(Holm 0.055); 8 patients and 7 comparisons cannot give less than 0.055.")
+    assert sentence(many | {"n_comparisons": 6, "p_holm": 0.06}).endswith("but p = 0.0078 (Holm 0.06).")
     one = pair(cohort({"a-0": 0.9, "a-1": 0.8}), cohort({"a-0": 0.5, "a-1": 0.5}))
     assert (one["difference_low"], one["difference_high"], one["verdict"]) == (None, None, NOT_CONFIRMED)
     assert sentence(one).endswith("one patient cannot tell.")
@@ -158,6 +164,7 @@ def test_holm_is_over_a_family_and_metric():
     ]  # fmt: skip
     assert [(r["method"], r["region"]) for r in against_floor] == [("zero_shot", "WT"), ("lora", "WT"), ("full", "WT")]
     assert {r["p_value"] for r in rows} == {2 / 2**8}
+    assert {r["n_comparisons"] for r in methods} == {4} and {r["n_comparisons"] for r in against_floor} == {3}
     assert {r["p_holm"] for r in methods} == {4 * 2 / 2**8} and {r["p_holm"] for r in against_floor} == {3 * 2 / 2**8}
     assert [(m.label, b.label) for _, m, b in pairs_of(entries, all_pairs=True)] == [
         ("lora", "zero_shot"), ("full", "zero_shot"), ("full", "lora")
