@@ -39,7 +39,7 @@ ALLOWED_BETWEEN_SIBLINGS = {("datasets", "io")}
 # These parts, and these modules of other parts, answer without torch.
 TORCH_FREE_PARTS = {
     *("errors", "geometry", "labels", "progress", "records", "config"),
-    *("io", "metrics", "datasets", "analysis", "commands", "cli", "__main__"),
+    *("io", "metrics", "datasets", "analysis", "report", "commands", "cli", "__main__"),
 }
 TORCH_FREE_MODULES = {
     "medsam_lora.peft",
@@ -52,6 +52,7 @@ TORCH_FREE_MODULES = {
     "medsam_lora.stages.check_submission",
     "medsam_lora.stages.evaluate",
     "medsam_lora.stages.pipeline",
+    "medsam_lora.stages.report",
 }
 IMPORT_TORCH = {"torch", "torchvision", "monai", "loralib", "segment_anything"}
 
