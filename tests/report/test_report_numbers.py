@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
 import hashlib
 import json
 import re
@@ -202,6 +204,30 @@ def test_numbers_of_the_run_record_are_those_of_the_json(report: Report) -> None
         for name in path:
             value = value[name]
         assert float(number.attributes["data-value"]) == value
+
+
+def test_the_label_maps_of_the_viewer_are_those_that_were_scored(report: Report) -> None:
+    """Dice of what the viewer shows, of every case, run and region, is the Dice of the CSV."""
+    viewer = json.loads(next(e.text for e in report.page.elements if e.attributes.get("id") == "viewer-data"))
+    blobs = {e.attributes["id"]: e.text for e in report.page.elements if e.attributes.get("id", "").startswith("v")}
+
+    def voxels(key: str) -> np.ndarray:
+        return np.frombuffer(gzip.decompress(base64.b64decode(blobs[key])), np.uint8)
+
+    known = {(r["case_id"], r["method"], r["region"]): r for rows in report.tables.values() for r in rows}
+    compared = 0
+    for case in viewer["cases"]:
+        reference = voxels(case["reference"])
+        for (case_id, method, region), row in known.items():
+            if case_id != case["id"]:
+                continue
+            if row["status"] != "ok":
+                assert method not in case["predictions"]
+                continue
+            a, b = ((codes & viewer["bits"][region]) > 0 for codes in (reference, voxels(case["predictions"][method])))
+            assert 2 * (a & b).sum() / (a.sum() + b.sum()) == pytest.approx(float(row["dice"]), abs=1e-12)
+            compared += 1
+    assert compared == 24
 
 
 def test_the_floor_is_marked_and_the_failed_case_counted(report: Report) -> None:
