@@ -31,7 +31,19 @@ from medsam_lora.stages import info
 from medsam_lora.stages.check_submission import QFORM, SHAPE
 
 LEAVES = [
-    *(["info"], ["verify"], ["prepare"], ["train"], ["predict"], ["evaluate"], ["run"], ["demo"], ["config"]),
+    *(
+        ["info"],
+        ["verify"],
+        ["prepare"],
+        ["train"],
+        ["predict"],
+        ["evaluate"],
+        ["compare"],
+        ["report"],
+        ["run"],
+        ["demo"],
+        ["config"],
+    ),
     ["check-submission"],
     *(["manifest", "build"], ["manifest", "export"], ["manifest", "import"]),
     *(["weights", "list"], ["weights", "path"], ["weights", "fetch"]),

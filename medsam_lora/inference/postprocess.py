@@ -118,7 +118,19 @@ class ValidationCase:
 def validation_case(
     segmenter: Segmenter, case: PreparedSlices, kind: str, min_voxels: int, options: PredictOptions
 ) -> ValidationCase:
-    """Predict a prepared case with its exact boxes, on its native grid; the arguments are those of `validate_case`."""
+    """Predict a prepared case with its exact boxes, on its native grid.
+
+    Parameters
+    ----------
+    segmenter : Segmenter
+    case : PreparedSlices
+        With its label.
+    kind : str
+        ``union`` or ``per_component``.
+    min_voxels : int
+        Components smaller than this get no box.
+    options : PredictOptions
+    """
     predicted = predict_slices(segmenter, case, reference_boxes(case, kind, min_voxels), options)
     label = np.asarray(case.label)
     return ValidationCase(
