@@ -183,6 +183,12 @@ class TrainConfig(Section):
         "none",
         description="fitted: small components are removed and holes filled as suits the validation cases.",
     )
+    cache_gib: float = Field(
+        0.0,
+        ge=0,
+        description="Room on disk for image embeddings, which methods that leave the encoder as it is then compute once, "
+        "for training and prediction; 0 keeps none.",
+    )
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `track`).")
 
     @field_validator("regions")
@@ -215,12 +221,6 @@ class EvaluateConfig(Section):
     )
 
 
-class CacheConfig(Section):
-    """Image embeddings kept on disk, for methods that leave the image encoder as it is; the results are the same."""
-
-    max_gib: float = Field(0.0, ge=0, description="Room for them, in GiB; 0 keeps none.")
-
-
 class Config(Section):
     """All sections. `medsam-lora config --schema` prints this with every default and description."""
 
@@ -235,7 +235,6 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     predict: PredictConfig = PredictConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    cache: CacheConfig = CacheConfig()
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

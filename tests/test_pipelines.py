@@ -107,8 +107,8 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
 
 
 def test_a_pipeline_scores_three_regions_as_a_challenge_does(tmp_path: Path) -> None:
-    train = {**TINY["train"], "regions": ["WT", "TC", "ET"]}
-    data = {**TINY, "train": train, "evaluate": {"challenge": "brats2023-men"}, "cache": {"max_gib": 0.1}}
+    train = {**TINY["train"], "regions": ["WT", "TC", "ET"], "cache_gib": 0.1}
+    data = {**TINY, "train": train, "evaluate": {"challenge": "brats2023-men"}}
     data["methods"] = [{"name": "zero_shot"}, {"name": "decoder_only"}]
     out = tmp_path / "out"
     assert run(parse_pipeline(data), out, device="cpu") == 0

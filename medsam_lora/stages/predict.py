@@ -91,7 +91,7 @@ def predict(
         Only the cases of this split.
     device : str
     cache : Path, optional
-        Folder of cached image embeddings, where ``cache.max_gib`` gives them room; beside `out` by default.
+        Folder of cached image embeddings, where ``train.cache_gib`` gives them room; beside `out` by default.
 
     Returns
     -------
@@ -106,7 +106,7 @@ def predict(
     given = None if boxes is None else read_box_table(boxes)
     segmenter, metadata = load_segmenter(adapter, config.model.weights, target)
     folder = out.parent / CACHE_FOLDER if cache is None else cache
-    segmenter.use_cache(folder, int(config.cache.max_gib * 2**30), config.predict.amp)
+    segmenter.use_cache(folder, int(config.train.cache_gib * 2**30), config.predict.amp)
     task = Task(
         segmenter,
         PreparePlan.from_json(metadata["plan"]),

@@ -232,7 +232,9 @@ def _train(place: Workplace, method: Method, folder: Path, manifest: Path, store
     from medsam_lora.stages.train import STATE_FILE, train
 
     inputs = {
-        "config": method.config.model_dump(mode="json", exclude={"predict", "evaluate", "cache"}),
+        "config": method.config.model_dump(
+            mode="json", exclude={"predict": True, "evaluate": True, "train": {"cache_gib"}}
+        ),
         "store": store.name,
         "manifest": sha256_of(manifest),
     }

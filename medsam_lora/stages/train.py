@@ -64,7 +64,7 @@ def train(
     resume : bool
         Go on from ``state/last.pt``.
     cache : Path, optional
-        Folder of cached image embeddings, where ``cache.max_gib`` gives them room; beside `run` by default.
+        Folder of cached image embeddings, where ``train.cache_gib`` gives them room; beside `run` by default.
 
     Returns
     -------
@@ -141,7 +141,7 @@ def train(
 
 
 def _bytes(config: Config) -> int:
-    return int(config.cache.max_gib * 2**30)
+    return int(config.train.cache_gib * 2**30)
 
 
 def _fit(
@@ -185,8 +185,9 @@ def _identity(
     config: Config, training: Sequence[PreparedSlices], validation: Sequence[PreparedSlices], segmenter: Segmenter
 ) -> str:
     settings = config.model_dump(mode="json")
-    for irrelevant in ("predict", "evaluate", "cache"):
+    for irrelevant in ("predict", "evaluate"):
         settings.pop(irrelevant)
+    settings["train"].pop("cache_gib")
     facts = {
         "settings": settings,
         "train": [[case.case_id, list(case.ks)] for case in training],
