@@ -186,7 +186,7 @@ class TrainConfig(Section):
     cache_gib: float = Field(
         0.0,
         ge=0,
-        description="Room on disk for image embeddings; methods that leave the encoder as it is then compute each once, "
+        description="Room on disk for image embeddings; methods that leave the encoder as it is compute each once, "
         "for training and prediction; 0 keeps none.",
     )
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `track`).")

@@ -101,8 +101,9 @@ def test_points(encoder: str, with_boxes: bool) -> None:
                 record["boxes"] = torch.split(boxes, COUNTS)[number]
             records.append(record)
         single, multi = (official(model)(records, multimask_output=several) for several in (False, True))
-    expected = [torch.cat([a["low_res_logits"], b["low_res_logits"]], dim=1) for a, b in zip(single, multi, strict=True)]
-    trust = [torch.cat([a["iou_predictions"], b["iou_predictions"]], dim=1) for a, b in zip(single, multi, strict=True)]
+    both = list(zip(single, multi, strict=True))
+    expected = [torch.cat([a["low_res_logits"], b["low_res_logits"]], dim=1) for a, b in both]
+    trust = [torch.cat([a["iou_predictions"], b["iou_predictions"]], dim=1) for a, b in both]
     for ours, theirs in ((logits, torch.cat(expected)), (iou, torch.cat(trust))):
         assert ours.shape == theirs.shape
         assert theirs.std() > 0
