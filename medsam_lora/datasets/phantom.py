@@ -261,7 +261,7 @@ def _write_case(
     case = make_case(seed, index, shape, affine, lesions=lesions)
     folder = out / case.case_id
     paths = [folder / _file_name(case.case_id, key) for key in _KEYS]
-    for path, image in zip(paths, case.images, strict=False):
+    for path, image in zip(paths[:-1], case.images, strict=True):
         write_image(path, nib.Nifti1Image(image, case.geometry.affine), case.geometry)
     write_label_map(paths[-1], case.label_map, case.geometry)
     return case.case_id, {path.name: sha256_of(path) for path in paths}
