@@ -43,7 +43,7 @@ def show_config(
 
 @weights_app.command("list")
 def weights_list() -> None:
-    """Print every model that has official weights, and where they are."""
+    """Print every model that has weights of its own, and where they are."""
     from medsam_lora.models import MODELS
     from medsam_lora.models.weights import locate
 

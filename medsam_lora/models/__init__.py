@@ -22,7 +22,9 @@ class ModelSpec:
     file_name : str or None
         Name of the official checkpoint file; None where there is none.
     url, sha256 : str or None
-        Where it is published, and its hash.
+        Where it is published, and its hash. A model with a file and no URL has its weights in this package.
+    notice : str or None
+        What must be said of the model wherever it is used.
     """
 
     name: str
@@ -32,6 +34,12 @@ class ModelSpec:
     file_name: str | None = None
     url: str | None = None
     sha256: str | None = None
+    notice: str | None = None
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the weights are part of this package."""
+        return self.file_name is not None and self.url is None
 
 
 _META = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -74,7 +82,14 @@ MODELS: Final[Mapping[str, ModelSpec]] = {
         "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
     ),
     "vit_nano": ModelSpec(
-        "vit_nano", "SAM's own classes at 256 px, for the demo and tests; not for patients", 256, 3_805_952
+        "vit_nano",
+        "SAM's own classes at 256 px, pre-trained on synthetic scenes; for demonstration and tests, not for patients",
+        256,
+        3_805_952,
+        "vit_nano.safetensors",
+        None,
+        "09920e377ab4c77e5a44212c88d5de148fb989bcb0b8ed67787124940a63307c",
+        "vit_nano is for demonstration and tests, not for patients",
     ),
 }
 """The base models by name."""

@@ -199,8 +199,8 @@ def build(name: str, weights: str | None = None, image_size: int | None = None, 
     name : str
         A key of `MODELS`.
     weights : str, optional
-        ``official`` (found on this machine, else downloaded), ``random``, or the path of a checkpoint with the same
-        tensors. By default official where the model has such, else random.
+        ``official`` (found on this machine, else downloaded; of `vit_nano` those in this package), which is the
+        default, ``random``, or the path of a checkpoint with the same tensors.
     image_size : int, optional
         Side of the model frame in pixels: a multiple of 16 from 32 to 4096; the model's own by default. At another
         size the position tables of a ViT are interpolated, once, here (`fit_positions`); `vit_t` has none that
@@ -221,8 +221,7 @@ def build(name: str, weights: str | None = None, image_size: int | None = None, 
     """
     spec = model_spec(name)
     size = _checked_size(spec.image_size if image_size is None else image_size)
-    weights = weights or ("random" if spec.url is None else "official")
-    state, digest, path = _read(name, weights)
+    state, digest, path = _read(name, weights or "official")
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would reseed the GPUs as well.
         torch.default_generator.manual_seed(seed)

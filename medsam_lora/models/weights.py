@@ -1,6 +1,7 @@
 """Base weights: where they are, how to fetch them, and reading them so that a wrong file cannot pass.
 
-Third-party weights are never part of this package. They are looked for in
+Those of `vit_nano`, which were made by this project, lie in the package. Third-party weights are never part of it. They
+are looked for in
 
 1. the folder named by ``MEDSAM_LORA_WEIGHTS_DIR``, or, where that is not set, ``shared/weights`` beside the checkout;
 2. the cache, ``MEDSAM_LORA_CACHE_DIR`` or ``~/.cache/medsam-lora``;
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 WEIGHTS_DIR_VARIABLE: Final = "MEDSAM_LORA_WEIGHTS_DIR"
 CACHE_DIR_VARIABLE: Final = "MEDSAM_LORA_CACHE_DIR"
+
+EMBEDDED_DIR: Final = Path(__file__).resolve().parent / "data"
+"""Folder of the weights that are part of this package."""
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _LISTED = 4  # names of each kind in a message
@@ -70,22 +74,23 @@ def cache_dir() -> Path:
 
 
 def locate(name: str) -> Path | None:
-    """The official weights of a model where they are on this machine, else None; nothing is read or fetched.
+    """The weights of a model where they are on this machine, else None; nothing is read or fetched.
 
     Raises
     ------
     WeightsError
         For an unknown model.
     """
-    file_name = model_spec(name).file_name
-    if file_name is None:
+    spec = model_spec(name)
+    if spec.file_name is None:
         return None
-    candidates = (folder / file_name for folder in (weights_dir(), cache_dir()))
+    folders = (EMBEDDED_DIR,) if spec.embedded else (weights_dir(), cache_dir())
+    candidates = (folder / spec.file_name for folder in folders)
     return next((path for path in candidates if path.is_file()), None)
 
 
 def fetch(name: str, progress: bool = True) -> Path:
-    """The official weights of a model, downloaded into the cache unless they are here, their hash checked.
+    """The weights of a model, downloaded into the cache unless they are here, their hash checked.
 
     Parameters
     ----------
@@ -99,10 +104,13 @@ def fetch(name: str, progress: bool = True) -> Path:
         Where a file that is here is not the official one, or the download fails.
     """
     spec = model_spec(name)
-    if spec.url is None:
-        official = [n for n, s in MODELS.items() if s.url is not None]
-        raise WeightsError(f"{name} has no official weights", remedy=f"Use one of {', '.join(official)}.")
     found = locate(name)
+    if found is None and spec.embedded:
+        raise WeightsError(
+            f"the weights of {name} are missing from the package",
+            path=EMBEDDED_DIR / str(spec.file_name),
+            remedy="Install medsam-lora again.",
+        )
     if found is None:
         return download(spec, cache_dir(), progress)
     _check_hash(found, spec.sha256)
@@ -256,7 +264,8 @@ def _check_hash(path: Path, sha256: str | None) -> None:
         raise WeightsError(
             f"its sha256 is {found[:12]}..., not {str(sha256)[:12]}... as published",
             path=path,
-            remedy="Delete it and run medsam-lora weights fetch, or name it as model.weights if it is meant.",
+            remedy="Delete it and run medsam-lora weights fetch (install medsam-lora again, where it lies in the "
+            "package), or name it as model.weights if it is meant.",
         )
 
 

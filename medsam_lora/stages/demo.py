@@ -11,9 +11,9 @@ from medsam_lora.stages.pipeline import parse_pipeline
 from medsam_lora.stages.run import run
 
 NOTICE = (
-    "The demo uses a synthetic cohort and vit_nano, a SAM of a few million parameters that knows no patients.\n"
-    "vit_nano has no weights of its own yet, so the demo first trains it, for a minute or two, on synthetic shapes\n"
-    "that are not tumours. It shows how the program works; it says nothing about patients."
+    "The demo uses a synthetic cohort and vit_nano, a SAM of a few million parameters that was pre-trained on\n"
+    "synthetic scenes without tumours and is part of the package. It is for demonstration and tests, not for\n"
+    "patients: the demo shows how the program works, and says nothing about patients."
 )
 
 

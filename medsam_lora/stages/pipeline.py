@@ -34,21 +34,35 @@ class SplitSection(Section):
     seed: int = Field(0, ge=0, description="Seed of the split.")
 
 
+class CourseSection(Section):
+    """A part of pre-training; where it has several sizes, they take turns step by step."""
+
+    steps: int = Field(ge=1, description="Optimiser steps.")
+    sizes: list[int] = Field(min_length=1, description="Sides of the pictures, multiples of 16.")
+    pictures: list[int] = Field(min_length=1, description="Pictures per step, one number for each size.")
+    single: float = Field(0.0, ge=0, le=1, description="Share of pictures with a single shape instead of a scene.")
+    restart: bool = Field(False, description="The learning rate warms up and falls anew from here.")
+
+    @model_validator(mode="after")
+    def _fitting(self) -> CourseSection:
+        if len(self.sizes) != len(self.pictures):
+            raise ValueError("sizes and pictures must be equally many")
+        if any(size % 16 or size < 32 for size in self.sizes) or min(self.pictures) < 1:
+            raise ValueError("sizes are multiples of 16 from 32, pictures at least 1")
+        return self
+
+
 class PretrainSection(Section):
     """Training of vit_nano on synthetic scenes (`medsam-lora pretrain`)."""
 
-    steps: int = Field(200, ge=1, description="Optimiser steps.")
-    batch_size: int = Field(8, ge=1, description="Pictures per step at the model's own size.")
-    small_batch: int = Field(16, ge=1, description="Pictures per step at `small_size`.")
+    courses: list[CourseSection] = Field(
+        [CourseSection(steps=200, sizes=[64], pictures=[16])], min_length=1, description="Parts, one after the other."
+    )
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.05, ge=0, description="Of AdamW.")
-    image_size: int = Field(256, ge=32, description="The model's own size: side of its pictures.")
-    small_size: int = Field(128, ge=32, description="Side of the pictures of most steps, which cost less.")
-    native_from: float = Field(
-        0.7, ge=0, le=1, description="Share of the steps after which every second one is at `image_size`."
-    )
+    image_size: int = Field(256, ge=32, description="The model's own size, at which it is scored.")
     processes: int = Field(1, ge=1, description="Processes that share each batch and average their gradients.")
-    validate_every: int = Field(250, ge=1, description="Steps between held-out shapes and saved states.")
+    validate_every: int = Field(200, ge=1, description="Steps between held-out shapes and saved states.")
     validate_shapes: int = Field(96, ge=1, description="Held-out shapes, of a seed of their own.")
     seed: int = Field(0, ge=0, description="Seed.")
 

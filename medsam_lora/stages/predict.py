@@ -25,6 +25,7 @@ from medsam_lora.io.nifti import write_label_map
 from medsam_lora.io.seg_nrrd import segments_for, write_seg_nrrd
 from medsam_lora.io.tables import FINDING_COLUMNS, write_table
 from medsam_lora.labels import label_map_of
+from medsam_lora.models import MODELS
 from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.models.assemble import choose_device, load_segmenter
 from medsam_lora.models.precision import resolve_amp
@@ -121,26 +122,33 @@ def predict(
     _, meanings = label_map_of(np.zeros((len(segmenter.regions), 1, 1, 1), bool), segmenter.regions)
     if segmenter.regions_by_area:
         logger.warning("%s has no notion of regions: %s", metadata["method"], REGIONS_BY_AREA)
-    about = run_record() | {
-        "stage": "predict",
-        "run": run.name if run.is_dir() else run.stem,
-        "method": metadata["method"],
-        "method_options": metadata["method_options"],
-        "prompt_source": REFERENCE_BOX if boxes is None else BOX_TABLE,
-        "regions": list(segmenter.regions),
-        "regions_from": REGIONS_BY_AREA if segmenter.regions_by_area else "training",
-        "labels": {str(value): name for value, name in meanings.items()},
-        "postprocess": postprocess.describe(task.clean_up),
-        "manifest": str(manifest.resolve()),
-        "root": str(task.root.resolve()),
-        "modalities": list(segmenter.modalities),
-        "cases": [record.case_id for record in records],
-        "adapter_sha256": sha256_of(adapter),
-        "base_sha256": metadata["base_sha256"],
-        "predict": config.predict.model_dump(mode="json"),
-        "device": str(target),
-        "amp": resolve_amp(config.predict.amp, target),
-    }
+    notice = MODELS[metadata["model_name"]].notice
+    if notice is not None:
+        logger.warning("%s", notice)
+    about = (
+        run_record()
+        | ({} if notice is None else {"notice": notice})
+        | {
+            "stage": "predict",
+            "run": run.name if run.is_dir() else run.stem,
+            "method": metadata["method"],
+            "method_options": metadata["method_options"],
+            "prompt_source": REFERENCE_BOX if boxes is None else BOX_TABLE,
+            "regions": list(segmenter.regions),
+            "regions_from": REGIONS_BY_AREA if segmenter.regions_by_area else "training",
+            "labels": {str(value): name for value, name in meanings.items()},
+            "postprocess": postprocess.describe(task.clean_up),
+            "manifest": str(manifest.resolve()),
+            "root": str(task.root.resolve()),
+            "modalities": list(segmenter.modalities),
+            "cases": [record.case_id for record in records],
+            "adapter_sha256": sha256_of(adapter),
+            "base_sha256": metadata["base_sha256"],
+            "predict": config.predict.model_dump(mode="json"),
+            "device": str(target),
+            "amp": resolve_amp(config.predict.amp, target),
+        }
+    )
     log = _Log(out, _identity(adapter, config.predict), about)
     outcome = StageOutcome()
     for record in track(records, "predict"):

@@ -1,56 +1,267 @@
-"""Pre-training of vit_nano on synthetic shapes, once per output folder."""
+"""Pre-training of vit_nano on synthetic scenes, once per output folder; a run that was stopped goes on."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ValidationError
+from safetensors.torch import save
 
-from medsam_lora.io.files import write_bytes_atomically
+from medsam_lora.config import apply_overrides, load_yaml
+from medsam_lora.errors import ConfigError
+from medsam_lora.io.files import sha256_of, write_bytes_atomically
+from medsam_lora.io.tables import write_table
+from medsam_lora.models import MODELS
 from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.models.assemble import choose_device
-from medsam_lora.models.sam import build
+from medsam_lora.models.sam import SamModel, build
 from medsam_lora.stages.pipeline import PretrainSection
-from medsam_lora.training.pretrain import pretrain
+from medsam_lora.stages.record import run_record, write_json
+from medsam_lora.training.held_out import HELD_OUT_SEED, scene_iou, shape_iou
+from medsam_lora.training.pretrain import Course, Recipe, new_optimiser, pretrain
+from medsam_lora.training.state import load_state, save_state
 
 logger = logging.getLogger(__name__)
 
-_LOG_EVERY = 50
+WEIGHTS_FILE, CURVE_FILE, RECORD_FILE, STATE_FILE = "nano.safetensors", "curve.csv", "record.json", "state/last.pt"
+CURVE_COLUMNS = ("step", "lr", "loss", "train_iou", "held_out_iou", "cpu_s", "duration_s")
+
+_SCENES_AT_END = 128
+_SHAPES_AT_END = 256
 
 
-def pretrain_nano(folder: Path, section: PretrainSection, device: str) -> Path:
-    """Train vit_nano on shapes and write its checkpoint; the same settings are not trained twice.
+def load_section(path: Path | None, overrides: Sequence[str] = ()) -> PretrainSection:
+    """The settings of a file that has one section, ``pretrain``.
+
+    Parameters
+    ----------
+    path : Path, optional
+        The defaults where absent.
+    overrides : sequence of str
+        ``pretrain.key=value``.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown key or a value that is not allowed.
+    """
+    data = apply_overrides({} if path is None else load_yaml(path), overrides)
+    unknown = sorted(set(data) - {"pretrain"})
+    if unknown:
+        raise ConfigError(f"unknown key {unknown[0]}", path=path, remedy="The only section here is pretrain.")
+    try:
+        section = PretrainSection.model_validate(data.get("pretrain") or {})
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, ('pretrain', *e['loc'])))}: {e['msg']}" for e in error.errors(include_url=False)
+        )
+        raise ConfigError(problems, path=path, remedy="See pipelines/pretrain_nano.yaml.") from error
+    if section.seed == HELD_OUT_SEED:
+        raise ConfigError(
+            f"pretrain.seed {HELD_OUT_SEED} is that of the held-out shapes", path=path, remedy="Take another seed."
+        )
+    return section
+
+
+def pretrain_nano(folder: Path, section: PretrainSection, device: str = "auto", resume: bool = True) -> Path:
+    """Train vit_nano and write its weights; the same settings are not trained twice.
 
     Parameters
     ----------
     folder : Path
-        Receives ``vit_nano.pt`` and ``pretrain.json``.
+        Receives ``nano.safetensors`` (float16, a stock SAM state dict), ``curve.csv``, ``curve.svg``, ``record.json``
+        and ``state/``.
     section : PretrainSection
     device : str
+    resume : bool
+        Go on from ``state/`` where it is of the same settings; False begins anew.
 
     Returns
     -------
     Path
-        The checkpoint, a stock SAM state dict.
+        The weights.
     """
-    weights, note = folder / "vit_nano.pt", folder / "pretrain.json"
+    weights, record = folder / WEIGHTS_FILE, folder / RECORD_FILE
     settings = section.model_dump(mode="json")
-    if weights.is_file() and note.is_file() and json.loads(note.read_text()) == settings:
+    if resume and weights.is_file() and record.is_file() and json.loads(record.read_text())["pretrain"] == settings:
         return weights
-    keep_freed_memory()
-    logger.info("vit_nano has no weights of its own yet: training it on %d batches of shapes", section.steps)
-    sam = build("vit_nano", "random", section.image_size, section.seed).to(choose_device(device))
-    pretrain(sam, section.steps, section.batch_size, section.lr, section.seed, "auto", _note_step)
-    buffer = io.BytesIO()
-    torch.save({name: tensor.cpu() for name, tensor in sam.state_dict().items()}, buffer)
-    write_bytes_atomically(weights, buffer.getvalue())
-    write_bytes_atomically(note, json.dumps(settings).encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    logger.info("pre-training vit_nano on %d batches of synthetic scenes", sum(c.steps for c in section.courses))
+    if section.processes == 1:
+        _train(folder, section, device, resume)
+    else:
+        store = folder / "processes"
+        store.unlink(missing_ok=True)
+        torch.multiprocessing.spawn(_train_together, (folder, section, device, resume, store), nprocs=section.processes)
+        store.unlink(missing_ok=True)
     return weights
 
 
-def _note_step(step: int, loss: float, iou: float) -> None:
-    if step % _LOG_EVERY == 0:
-        logger.info("shapes, step %d: loss %.3f, IoU %.3f", step, loss, iou)
+def _train_together(rank: int, folder: Path, section: PretrainSection, device: str, resume: bool, store: Path) -> None:
+    if rank == 0:
+        # Spawned afresh, so that nothing prints yet.
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // section.processes))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store.resolve()}", rank=rank, world_size=section.processes
+    )
+    try:
+        _train(folder, section, device, resume)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _train(folder: Path, section: PretrainSection, device: str, resume: bool) -> None:
+    keep_freed_memory()
+    leader = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    sam = build("vit_nano", "random", section.image_size, section.seed).to(choose_device(device))
+    courses = [Course(**course.model_dump()) for course in section.courses]
+    recipe = Recipe(courses, section.lr, section.weight_decay, section.seed)
+    optimiser = new_optimiser(sam, recipe)
+    run = _Run(folder, section, sam, optimiser, recipe.steps if leader else None)
+    first = run.resume() if resume else 1
+    pretrain(sam, optimiser, recipe, first, "auto", run.note)
+    if leader:
+        run.finish()
+
+
+class _Run:
+    """What is kept of a run while it goes on: its curve and its state."""
+
+    def __init__(
+        self, folder: Path, section: PretrainSection, sam: SamModel, optimiser: torch.optim.Optimizer, steps: int | None
+    ) -> None:
+        self.folder = folder
+        self.section = section
+        self.sam = sam
+        self.optimiser = optimiser
+        self.steps = steps
+        self.rows: list[dict[str, Any]] = []
+        self.recent: list[tuple[float, float]] = []
+        # Of this process; the others of a run take as much again.
+        self.before = {"cpu_s": 0.0, "duration_s": 0.0}
+        self.started = {"cpu_s": time.process_time(), "duration_s": time.perf_counter()}
+        self.settings = section.model_dump(mode="json")
+
+    def resume(self) -> int:
+        """Take up the saved state where there is one of these settings; the step to go on with."""
+        path = self.folder / STATE_FILE
+        if not path.is_file():
+            return 1
+        state = load_state(path)
+        if state["settings"] != self.settings:
+            logger.info("%s is of other settings: beginning anew", path)
+            return 1
+        self.sam.load_state_dict(state["sam"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.rows, self.before = state["rows"], state["spent"]
+        logger.info("going on behind step %d", state["step"])
+        return int(state["step"]) + 1
+
+    def note(self, step: int, loss: float, iou: float) -> None:
+        """Called after each step."""
+        if self.steps is None:
+            return
+        self.recent.append((loss, iou))
+        if step % self.section.validate_every and step != self.steps:
+            return
+        mean = [sum(values) / len(values) for values in zip(*self.recent, strict=True)]
+        self.recent.clear()
+        self.sam.eval()
+        held_out = float(shape_iou(self.sam, self.section.validate_shapes).mean())
+        spent = self.spent()
+        row = {"step": step, "lr": self.optimiser.param_groups[0]["lr"], "loss": mean[0], "train_iou": mean[1]}
+        self.rows.append(row | {"held_out_iou": held_out} | spent)
+        logger.info(
+            "step %d of %d: loss %.3f, IoU %.3f, of held-out shapes %.3f, %.0f s",
+            *(step, self.steps, *mean, held_out, spent["duration_s"]),
+        )
+        write_table(self.folder / CURVE_FILE, CURVE_COLUMNS, self.rows)
+        (self.folder / STATE_FILE).parent.mkdir(exist_ok=True)
+        save_state(
+            self.folder / STATE_FILE,
+            {
+                "settings": self.settings,
+                "step": step,
+                "sam": self.sam.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "rows": self.rows,
+                "spent": spent,
+            },
+        )
+
+    def spent(self) -> dict[str, float]:
+        """CPU and wall time so far, those of interrupted runs with it."""
+        now = {"cpu_s": time.process_time(), "duration_s": time.perf_counter()}
+        return {name: self.before[name] + now[name] - self.started[name] for name in now}
+
+    def finish(self) -> None:
+        """Write the weights, what they reach as they are stored, and the curve."""
+        path = self.folder / WEIGHTS_FILE
+        write_weights(path, self.sam)
+        stored = build("vit_nano", str(path), self.section.image_size).to(self.sam.pixel_mean.device)
+        scores: dict[str, float] = scene_iou(stored, _SCENES_AT_END)
+        scores["shapes_box"] = float(shape_iou(stored, _SHAPES_AT_END).mean())
+        write_json(
+            self.folder / RECORD_FILE,
+            run_record()
+            | {
+                "notice": MODELS["vit_nano"].notice,
+                "pretrain": self.settings,
+                "sha256": sha256_of(path),
+                "bytes": path.stat().st_size,
+                "parameters": sum(p.numel() for p in self.sam.parameters()),
+                "held_out_seed": HELD_OUT_SEED,
+                "held_out_iou": scores,
+                "processes": self.section.processes,
+                **self.spent(),
+            },
+        )
+        draw_curve(self.folder / "curve.svg", self.rows)
+        logger.info("held-out IoU: %s", ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+
+
+def write_weights(path: Path, sam: SamModel) -> None:
+    """Write a model's tensors as float16 safetensors; the file itself says what it is for.
+
+    Parameters
+    ----------
+    path : Path
+    sam : SamModel
+    """
+    tensors = {name: tensor.detach().cpu().half().contiguous() for name, tensor in sam.state_dict().items()}
+    # One entry alone: safetensors writes several in an order that differs from call to call, and with it the hash.
+    write_bytes_atomically(path, save(tensors, {"notice": str(MODELS["vit_nano"].notice)}))
+
+
+def draw_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw IoU in training and of held-out shapes over the steps.
+
+    Parameters
+    ----------
+    path : Path
+        The suffix gives the format.
+    rows : sequence of mapping
+        Of ``curve.csv``.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    steps = [row["step"] for row in rows]
+    axes.plot(steps, [row["train_iou"] for row in rows], label="training scenes, shaken boxes", color="0.55")
+    axes.plot(steps, [row["held_out_iou"] for row in rows], label="held-out shapes, exact box", color="tab:blue")
+    axes.set(xlabel="step", ylabel="mean IoU", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(path)
+    plt.close(figure)

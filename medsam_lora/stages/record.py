@@ -13,12 +13,13 @@ from typing import Any
 from medsam_lora import __version__
 from medsam_lora.config import Config
 from medsam_lora.io.files import write_bytes_atomically
+from medsam_lora.models import MODELS
 
 RECORDED_PACKAGES = ("torch", "monai", "nibabel", "SimpleITK", "segment-anything", "loralib", "numpy", "scipy")
 
 
 def run_record(config: Config | None = None) -> dict[str, Any]:
-    """Command line, time and versions, as plain data."""
+    """Command line, time and versions, and what must be said of the model, as plain data."""
     record: dict[str, Any] = {
         "medsam_lora": __version__,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -29,6 +30,9 @@ def run_record(config: Config | None = None) -> dict[str, Any]:
     }
     if config is not None:
         record["config"] = config.model_dump(mode="json")
+        notice = MODELS[config.model.name].notice
+        if notice is not None:
+            record["notice"] = notice
     return record
 
 

@@ -18,6 +18,7 @@ from medsam_lora.inference import postprocess
 from medsam_lora.inference.predictor import PredictOptions, validate_case
 from medsam_lora.io.files import write_bytes_atomically
 from medsam_lora.io.tables import write_table
+from medsam_lora.models import MODELS
 from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.models.assemble import adapter_metadata, build_segmenter, choose_device, load_segmenter
 from medsam_lora.models.checkpoint import save_adapter
@@ -91,6 +92,9 @@ def train(
     cached = segmenter.use_cache(
         run.parent / CACHE_FOLDER if cache is None else cache, _bytes(config), config.train.amp
     )
+    notice = MODELS[config.model.name].notice
+    if notice is not None:
+        logger.warning("%s", notice)
     check_cases([*training, *validation], modalities, config.train.regions, store)
     if config.train.postprocess == "fitted" and not validation:
         raise TrainingError(
