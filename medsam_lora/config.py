@@ -113,7 +113,7 @@ class ModelConfig(Section):
 
     name: Literal["vit_b", "vit_l", "vit_h", "vit_t", "vit_nano"] = Field("vit_t", description="A key of MODELS.")
     weights: str | None = Field(
-        None, description="official, a checkpoint file, random, or null: official where the model has weights."
+        None, description="official (of vit_nano those in the package), a checkpoint file, random; null is official."
     )
     image_size: int | None = Field(None, ge=32, description="Side of the model frame; null is the model's own.")
     input_range: Literal["window", "minmax", "zscore"] = Field(

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +41,7 @@ LEAVES = [
         ["report"],
         ["run"],
         ["demo"],
+        ["pretrain"],
         ["config"],
     ),
     ["check-submission"],
@@ -68,20 +68,20 @@ def one_line(err: str, start: str) -> None:
     assert err.count("\n") == 1 and err.startswith(start), err
 
 
-def fresh(*words: str, **environment: str) -> tuple[str, float]:
-    """Standard output and seconds of a command in a process of its own, which ends with the modules it imported."""
+def fresh(*words: str, **environment: str) -> tuple[str, int]:
+    """Standard output of a command in a process of its own that imports nothing heavy, and how many modules it has."""
     heavy = "('torch', 'monai', 'SimpleITK', 'nibabel', 'pandas', 'scipy', 'numpy')"
     script = (
         "import sys\nfrom medsam_lora.cli import main\n"
         f"try: main({list(words)})\n"
-        f"finally: print([m for m in {heavy} if m in sys.modules], file=sys.stderr)"
+        f"finally: print([m for m in {heavy} if m in sys.modules], len(sys.modules), file=sys.stderr)"
     )
-    started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ | environment
     )
-    assert done.stderr.strip() == "[]"
-    return done.stdout, time.perf_counter() - started
+    found, count = done.stderr.strip().rsplit(maxsplit=1)
+    assert found == "[]"
+    return done.stdout, int(count)
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +96,11 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("words", [["info"], ["info", "--json"], ["--help"], ["--version"], ["train", "--help"]])
 def test_what_people_ask_first_is_answered_at_once_and_without_heavy_imports(words: list[str]) -> None:
-    # The best of three: another process on the machine may have the core.
-    answers = [fresh(*words) for _ in range(3)]
-    assert min(seconds for _, seconds in answers) < 0.5
-    assert answers[0][0].strip()
+    # Imports are what starting costs: torch alone brings 1,500 modules and takes seconds. Seconds are not tested, as
+    # another process may have the core.
+    answer, modules = fresh(*words)
+    assert modules < 400
+    assert answer.strip()
 
 
 @pytest.mark.parametrize("words", LEAVES, ids=" ".join)
@@ -159,13 +160,13 @@ def test_info_finds_weights_where_they_are(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "sam_vit_b_01ec64.pth").touch()
     found = {model["name"]: model["weights"] for model in json.loads(call(capsys, "info", "--json")[1])["models"]}
     assert found["vit_b"] == str(tmp_path / "sam_vit_b_01ec64.pth")
-    assert found["vit_l"] is None and found["vit_nano"] is None
+    assert found["vit_l"] is None and Path(found["vit_nano"]).is_file()
     assert call(capsys, "weights", "path", "vit_b")[:2] == (0, f"{tmp_path / 'sam_vit_b_01ec64.pth'}\n")
     code, _, err = call(capsys, "weights", "path", "vit_l")
     assert code == 2
     one_line(err, "error: the weights of vit_l are not here. Remedy: Run medsam-lora weights fetch vit_l.")
     listed = call(capsys, "weights", "list")[1].splitlines()
-    assert [line.split()[0] for line in listed] == ["vit_b", "vit_l", "vit_h", "vit_t"]
+    assert [line.split()[0] for line in listed] == ["vit_b", "vit_l", "vit_h", "vit_t", "vit_nano"]
 
 
 def test_a_misspelt_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:

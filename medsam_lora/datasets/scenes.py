@@ -7,6 +7,7 @@ which the ground shines.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +22,8 @@ from medsam_lora.datasets.shapes import (
     draw_cells,
     draw_ground,
     draw_object,
+    draw_shapes,
     expose,
-    make_sample,
     paint,
 )
 
@@ -44,7 +45,7 @@ class Scene:
     image : ndarray of float32, shape (H, W)
         Grey, 0 to 255.
     masks : ndarray of bool, shape (K, H, W)
-        One per object, at least one; the visible part. The last was painted last and is whole.
+        One per object, at least one; the visible part.
     painted : ndarray of bool, shape (H, W)
         Everything that was painted in front of the ground: what SAM without a prompt is asked for.
     """
@@ -97,18 +98,26 @@ def make_scene(generator: np.random.Generator, size: int = 256, brains: BrainSli
         visible = [*(other & ~mask for other in visible), mask]
         whole.append(mask)
         painted |= mask
-    kept = [
+    return Scene(expose(generator, picture), np.stack(_to_ask_for(visible, whole)), painted)
+
+
+def shapes_scene(generator: np.random.Generator, size: int = 256) -> Scene:
+    """A picture of `datasets.shapes` as a scene: what lies about its object is asked for as well.
+
+    The encoder costs most, and answers for all of them at once.
+    """
+    image, objects = draw_shapes(generator, size)
+    visible, whole = zip(*objects, strict=True)
+    return Scene(image, np.stack(_to_ask_for(visible, whole)), np.logical_or.reduce(visible))
+
+
+def _to_ask_for(visible: Sequence[np.ndarray], whole: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Of objects, the visible parts that tell what the object is."""
+    return [
         seen
         for seen, all_of_it in zip(visible, whole, strict=True)
         if seen.sum() >= max(_LEAST_VISIBLE * all_of_it.sum(), _LEAST_PIXELS)
     ]
-    return Scene(expose(generator, picture)[0], np.stack(kept), painted)
-
-
-def single_shape(generator: np.random.Generator, size: int = 256) -> Scene:
-    """A picture of `datasets.shapes`, with one object to be found, as a scene."""
-    sample = make_sample(generator, size)
-    return Scene(sample.image[0], sample.mask[None], sample.mask)
 
 
 def _plain_ground(generator: np.random.Generator, size: int) -> tuple[np.ndarray, list[np.ndarray]]:

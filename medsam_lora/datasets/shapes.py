@@ -89,19 +89,44 @@ def make_sample(generator: np.random.Generator, size: int = 256, anatomy: np.nda
     -------
     ShapeSample
     """
+    image, objects = draw_shapes(generator, size, anatomy)
+    mask = objects[-1][0]
+    return ShapeSample(np.repeat(image[None], 3, axis=0), mask, box_of(mask))
+
+
+def draw_shapes(
+    generator: np.random.Generator, size: int, anatomy: np.ndarray | None = None
+) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """The picture of `make_sample` with all that lies in it.
+
+    Returns
+    -------
+    image : ndarray of float32, shape (H, W)
+        Grey, 0 to 255.
+    objects : list of (visible, whole)
+        ndarray of bool, shape (H, W), each: what was drawn about the object, what covers it, and, last, the object.
+    """
     ground = draw_ground(generator, size, anatomy_slices() if anatomy is None else anatomy)
     mask = draw_object(generator, size, SIDE_RANGE, ground)
     picture = ground
+    whole: list[np.ndarray] = []
     for _ in range(int(generator.integers(0, 5))):
-        picture = paint(generator, picture, draw_object(generator, size, OTHERS_RANGE, ground), mask)
+        whole.append(draw_object(generator, size, OTHERS_RANGE, ground))
+        picture = paint(generator, picture, whole[-1], mask)
+    whole.append(mask)
     picture = paint(generator, picture, mask, None)
     if generator.random() < 0.25:
         cover = draw_object(generator, size, OTHERS_RANGE, ground)
-        visible = mask & ~cover
         # An occluder must leave most of the object, or the box would be about something else.
-        if cover.any() and visible.sum() >= max(0.6 * mask.sum(), _LEAST_PIXELS):
-            picture, mask = paint(generator, picture, cover, None), visible
-    return ShapeSample(expose(generator, picture), mask, box_of(mask))
+        if cover.any() and (mask & ~cover).sum() >= max(0.6 * mask.sum(), _LEAST_PIXELS):
+            picture = paint(generator, picture, cover, None)
+            whole.append(cover)
+    visible: list[np.ndarray] = []
+    for one in whole:
+        visible = [*(other & ~one for other in visible), one]
+    objects = list(zip(visible, whole, strict=True))
+    asked = next(i for i, one in enumerate(whole) if one is mask)
+    return expose(generator, picture), [*objects[:asked], *objects[asked + 1 :], objects[asked]]
 
 
 def box_of(mask: np.ndarray) -> np.ndarray:
@@ -273,7 +298,7 @@ def _cored(
 
 
 def expose(generator: np.random.Generator, picture: np.ndarray) -> np.ndarray:
-    """The picture as a camera would give it: uneven light, blur, noise, grey curve, perhaps a negative."""
+    """The picture as a camera would give it, 0 to 255: uneven light, blur, noise, grey curve, perhaps a negative."""
     size = picture.shape[0]
     rows = np.arange(size, dtype=np.float32) / np.float32(size)
     if generator.random() < 0.5:
@@ -286,5 +311,4 @@ def expose(generator: np.random.Generator, picture: np.ndarray) -> np.ndarray:
     picture = np.clip(picture, 0, 1) ** np.float32(np.exp(generator.normal(0, 0.2)))
     if generator.random() < 0.25:
         picture = 1 - picture
-    grey = (picture * 255).astype(np.float32)
-    return np.repeat(grey[None], 3, axis=0)
+    return (picture * 255).astype(np.float32)

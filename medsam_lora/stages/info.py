@@ -111,7 +111,8 @@ def as_text(info: Mapping[str, Any]) -> str:
     lines += ["", *_wrapped("packages    ", packages), "", "models"]
     for model in info["models"]:
         count = f"{model['parameters'] / 1e6:.1f} M parameters, " if model["parameters"] else ""
-        weights = model["weights"] or ("no weights here" if model["official_weights"] else "needs no weights")
+        here = "weights in this package" if MODELS[model["name"]].embedded else model["weights"]
+        weights = here or ("no weights here" if model["official_weights"] else "needs no weights")
         lines.append(f"  {model['name']:<10}{model['summary']} ({count}{model['image_size']} px): {weights}")
     lines += ["", "methods", *(f"  {method['name']:<14}{method['summary']}" for method in info["methods"])]
     return "\n".join(lines)

@@ -40,7 +40,7 @@ class CourseSection(Section):
     steps: int = Field(ge=1, description="Optimiser steps.")
     sizes: list[int] = Field(min_length=1, description="Sides of the pictures, multiples of 16.")
     pictures: list[int] = Field(min_length=1, description="Pictures per step, one number for each size.")
-    single: float = Field(0.0, ge=0, le=1, description="Share of pictures with a single shape instead of a scene.")
+    shapes: float = Field(0.0, ge=0, le=1, description="Share of pictures of datasets.shapes instead of scenes.")
     restart: bool = Field(False, description="The learning rate warms up and falls anew from here.")
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsam_lora.datasets.scenes import make_scene, single_shape
+from medsam_lora.datasets.scenes import make_scene, shapes_scene
 from medsam_lora.datasets.shapes import box_of
 from medsam_lora.models.precision import autocast
 from medsam_lora.models.sam import PATCH, SamModel
@@ -46,8 +46,8 @@ class Course:
         Sides of the pictures.
     pictures : sequence of int
         Per step, for each size.
-    single : float
-        Share of pictures with a single shape (`datasets.shapes`) instead of a scene.
+    shapes : float
+        Share of pictures that are of `datasets.shapes` instead of scenes.
     restart : bool
         The learning rate warms up and falls anew from here.
     """
@@ -55,7 +55,7 @@ class Course:
     steps: int
     sizes: Sequence[int]
     pictures: Sequence[int]
-    single: float = 0.0
+    shapes: float = 0.0
     restart: bool = False
 
 
@@ -96,9 +96,9 @@ class Recipe:
         turn = left % len(course.sizes)
         return course.sizes[turn], course.pictures[turn]
 
-    def single(self, step: int) -> float:
-        """Share of a step's pictures that have a single shape."""
-        return self._course(step)[0].single
+    def shapes(self, step: int) -> float:
+        """Share of a step's pictures that are of `datasets.shapes`."""
+        return self._course(step)[0].shapes
 
     def rate(self, step: int) -> float:
         """Learning rate of a step.
@@ -178,7 +178,7 @@ def train_step(
     device = sam.pixel_mean.device
     size, n_images = recipe.pictures(step)
     rank, world = _place()
-    batch = scene_batch(recipe.seed, step, range(rank, n_images, world), size, recipe.single(step))
+    batch = scene_batch(recipe.seed, step, range(rank, n_images, world), size, recipe.shapes(step))
     masks, painted = (F.avg_pool2d(part.to(device), PATCH // 4) for part in (batch.masks, batch.painted))
     near = _near(masks)
     for group in optimiser.param_groups:
@@ -295,13 +295,13 @@ def _average_gradients(sam: SamModel, world: int) -> None:
         parameter.grad = part.view_as(parameter).clone()
 
 
-def scene_batch(seed: int, step: int, numbers: Sequence[int], size: int, single: float = 0.0) -> SceneBatch:
+def scene_batch(seed: int, step: int, numbers: Sequence[int], size: int, shapes: float = 0.0) -> SceneBatch:
     """The scenes of those numbers of one batch; each is a function of (seed, step, number)."""
     images, counts, boxes, points, masks, painted = [], [], [], [], [], []
     n_points = 1 + int(np.random.default_rng([seed, step]).integers(MOST_POINTS))
     for i in numbers:
         generator = np.random.default_rng([seed, step, i])
-        scene = single_shape(generator, size) if single and generator.random() < single else make_scene(generator, size)
+        scene = shapes_scene(generator, size) if shapes and generator.random() < shapes else make_scene(generator, size)
         images.append(scene.image)
         counts.append(len(scene.masks))
         masks.append(scene.masks)

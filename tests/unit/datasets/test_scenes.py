@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from medsam_lora.datasets.brain_slices import FLUID, GREY, OUTSIDE, WHITE, brain_slices, draw_structure, place_slice
-from medsam_lora.datasets.scenes import MOST_OBJECTS, Scene, make_scene
+from medsam_lora.datasets.scenes import MOST_OBJECTS, Scene, make_scene, shapes_scene
+from medsam_lora.datasets.shapes import make_sample
 
 SIZE = 96
 COUNT = 120
@@ -31,7 +32,7 @@ def test_masks_are_what_is_visible(scenes: list[Scene]) -> None:
         # Objects cover what lies under them, so two that were painted never share a pixel.
         painted = [mask for mask in scene.masks if not (mask & ~scene.painted).any()]
         assert np.sum(painted, axis=0).max() <= 1
-        # The last object is whole and was painted.
+        # The last object was painted.
         assert not (scene.masks[-1] & ~scene.painted).any()
 
 
@@ -47,6 +48,21 @@ def test_a_scene_is_a_function_of_its_generator() -> None:
     first, again, other = (make_scene(np.random.default_rng([7, seed]), SIZE) for seed in (1, 1, 2))
     assert np.array_equal(first.image, again.image) and np.array_equal(first.masks, again.masks)
     assert not np.array_equal(first.image, other.image)
+
+
+def test_of_a_picture_of_shapes_all_that_can_be_told_is_asked_for() -> None:
+    counts = []
+    for i in range(60):
+        scene, sample = (make(np.random.default_rng([9, i]), SIZE) for make in (shapes_scene, make_sample))
+        # The same picture, and its object is the last.
+        assert np.array_equal(scene.image, sample.image[0])
+        assert np.array_equal(scene.masks[-1], sample.mask)
+        assert scene.masks.any(axis=(1, 2)).all()
+        assert np.sum(scene.masks, axis=0).max() == 1
+        assert not (scene.masks.any(axis=0) & ~scene.painted).any()
+        counts.append(len(scene.masks))
+    assert min(counts) == 1 and max(counts) >= 5
+    assert np.mean(counts) > 2.5
 
 
 def test_contrast_is_often_faint_and_of_either_sign(scenes: list[Scene]) -> None:

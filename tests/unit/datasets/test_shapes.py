@@ -55,7 +55,7 @@ def test_sizes_span_the_range_asked_for(samples: list[ShapeSample]) -> None:
     assert sides.max() <= SIDE_RANGE[1] + 0.01
     # Only an occluder makes an object smaller than the least size.
     assert (sides < SIDE_RANGE[0] - 0.01).mean() < 0.03
-    assert (sides < 0.12).mean() > 0.15
+    assert (sides < 0.2).mean() > 0.15
     assert (sides > 0.4).mean() > 0.15
 
 

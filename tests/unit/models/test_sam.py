@@ -19,7 +19,7 @@ SIZE = 64  # of vit_nano here: a 4 x 4 grid
 
 @pytest.fixture(scope="module")
 def nano() -> SamModel:
-    return build("vit_nano", image_size=SIZE)
+    return build("vit_nano", "random", SIZE)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -136,13 +136,13 @@ def test_random_weights_follow_the_seed_and_leave_the_global_generator(nano: Sam
 
 
 def test_the_hash_of_random_weights_is_that_of_the_native_size(nano: SamModel) -> None:
-    native = build("vit_nano")
+    native = build("vit_nano", "random")
     assert native.image_size == 256
     assert native.base_sha256 == sha256_of_state(native.state_dict()) == nano.base_sha256
 
 
 def test_positions_at_another_size_by_hand() -> None:
-    model = build("vit_nano")
+    model = build("vit_nano", "random")
     encoder = model.image_encoder
     with torch.no_grad():
         encoder.pos_embed.zero_()[:, 8, :] = 1
@@ -168,7 +168,7 @@ def test_positions_at_another_size_by_hand() -> None:
 
 @pytest.mark.parametrize("size", [32, 96, 224])
 def test_other_sizes_run(size: int) -> None:
-    model = build("vit_nano", image_size=size)
+    model = build("vit_nano", "random", size)
     with torch.no_grad():
         logits, _ = model(noise(1, 3, size, size), None)
     assert logits.shape == (1, 4, size // 4, size // 4)
@@ -178,16 +178,16 @@ def test_other_sizes_run(size: int) -> None:
 @pytest.mark.parametrize(("size", "remedy"), [(100, "Use 96"), (0, "Use 32"), (16, "Use 32"), (8192, "Use 4096")])
 def test_sizes_that_are_refused(size: int, remedy: str) -> None:
     with pytest.raises(ConfigError, match=remedy):
-        build("vit_nano", image_size=size)
+        build("vit_nano", "random", size)
 
 
 def test_a_checkpoint_from_a_path(nano: SamModel, tmp_path: Path) -> None:
     path = tmp_path / "nano.pth"
-    torch.save(build("vit_nano", seed=5).state_dict(), path)
+    torch.save(build("vit_nano", "random", seed=5).state_dict(), path)
     loaded = build("vit_nano", str(path), SIZE)
     assert loaded.base_sha256 == sha256_of(path)
     assert sha256_of_state(loaded.state_dict()) == sha256_of_state(
-        build("vit_nano", image_size=SIZE, seed=5).state_dict()
+        build("vit_nano", "random", SIZE, seed=5).state_dict()
     )
 
 
@@ -207,10 +207,9 @@ def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
         build("vit_nano", str(path))
 
 
-@pytest.mark.parametrize("weights", ["official", "nowhere.pth"])
-def test_weights_that_are_not_there(weights: str) -> None:
-    with pytest.raises(WeightsError, match="no official weights" if weights == "official" else r"nowhere\.pth"):
-        build("vit_nano", weights)
+def test_weights_that_are_not_there() -> None:
+    with pytest.raises(WeightsError, match=r"nowhere\.pth"):
+        build("vit_nano", "nowhere.pth")
 
 
 def test_an_unknown_model() -> None:

@@ -91,9 +91,18 @@ def test_without_the_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert weights.cache_dir() == tmp_path / ".cache" / "medsam-lora"
 
 
-def test_a_model_without_official_weights(folders: tuple[Path, Path]) -> None:
-    assert locate("vit_nano") is None
-    with pytest.raises(WeightsError, match=r"no official weights.*vit_t"):
+def test_the_weights_of_the_package(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Another file of that name in the folder of official weights is not they.
+    (folders[0] / "vit_nano.safetensors").write_bytes(b"x")
+    path = locate("vit_nano")
+    assert path is not None and path == fetch("vit_nano") == weights.EMBEDDED_DIR / "vit_nano.safetensors"
+    assert path.stat().st_size <= 8_000_000
+    assert weights.sha256_of(path) == MODELS["vit_nano"].sha256
+    monkeypatch.setattr(weights, "EMBEDDED_DIR", folders[0])
+    with pytest.raises(WeightsError, match=r"vit_nano\.safetensors: its sha256 is .*install medsam-lora again"):
+        fetch("vit_nano")
+    monkeypatch.setattr(weights, "EMBEDDED_DIR", folders[1])
+    with pytest.raises(WeightsError, match=r"missing from the package.*Install medsam-lora again"):
         fetch("vit_nano")
 
 
@@ -259,10 +268,10 @@ def test_the_hash_of_a_state_sees_every_change_but_order() -> None:
 
 def test_the_table_names_what_it_publishes() -> None:
     for spec in MODELS.values():
-        assert (spec.url is None) == (spec.sha256 is None) == (spec.file_name is None)
+        assert len(bytes.fromhex(spec.sha256 or "")) == 32
+        assert spec.embedded == (spec.name == "vit_nano")
         if spec.url is not None:
             assert spec.url.endswith(f"/{spec.file_name}")
-            assert len(bytes.fromhex(spec.sha256 or "")) == 32
 
 
 @pytest.mark.real_weights
