@@ -48,15 +48,15 @@ class Course:
         Per step, for each size.
     shapes : float
         Share of pictures that are of `datasets.shapes` instead of scenes.
-    restart : bool
-        The learning rate warms up and falls anew from here.
+    restart : float
+        Where above 0, the learning rate warms up to this share of its peak and falls anew from here.
     """
 
     steps: int
     sizes: Sequence[int]
     pictures: Sequence[int]
     shapes: float = 0.0
-    restart: bool = False
+    restart: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,19 @@ class Recipe:
 
         Examples
         --------
-        >>> recipe = Recipe([Course(100, [64], [8]), Course(200, [64], [8], restart=True)], 1.0, 0.0, 0)
+        >>> recipe = Recipe([Course(100, [64], [8]), Course(200, [64], [8], restart=0.6)], 1.0, 0.0, 0)
         >>> [round(recipe.rate(step), 3) for step in (25, 51, 100, 125, 201, 300)]
-        [0.5, 0.5, 0.0, 0.5, 0.5, 0.0]
+        [0.5, 0.5, 0.0, 0.3, 0.3, 0.0]
         """
-        first, last = 0, 0
+        first, last, peak = 0, 0, self.lr
         for course in self.courses:
             if course.restart:
                 if step <= last:
                     break
-                first = last
+                first, peak = last, self.lr * course.restart
             last += course.steps
         done, whole = step - first, last - first
-        return self.lr * min(done / WARM_UP, 0.5 * (1 + math.cos(math.pi * (done - 1) / whole)))
+        return peak * min(done / WARM_UP, 0.5 * (1 + math.cos(math.pi * (done - 1) / whole)))
 
     def _course(self, step: int) -> tuple[Course, int]:
         """The course of a step, and how many steps of it were before."""
