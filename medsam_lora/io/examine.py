@@ -19,6 +19,7 @@ from medsam_lora.geometry import GRID_TOLERANCE, Geometry
 from medsam_lora.io.inflate import GZIP_MAGIC
 from medsam_lora.io.voxels import (
     HEADER_ERRORS,
+    Allocate,
     as_image,
     claimed_bytes,
     first_line,
@@ -57,7 +58,9 @@ class Reading:
     faults: tuple[DataError, ...]
 
 
-def examine(path: Path, max_bytes: int = MAX_BYTES, *, label_map: bool = False) -> Reading:
+def examine(
+    path: Path, max_bytes: int = MAX_BYTES, *, label_map: bool = False, allocate: Allocate | None = None
+) -> Reading:
     """Read a file and list every fault of it.
 
     Parameters
@@ -67,6 +70,8 @@ def examine(path: Path, max_bytes: int = MAX_BYTES, *, label_map: bool = False) 
         Cap on the bytes the header may claim; nothing is loaded beyond it.
     label_map : bool
         Whether the voxels must be integers; the array is then int16, or int64 where the values do not fit.
+    allocate : callable, optional
+        Where the inflated file is to lie (`voxels.Allocate`).
 
     Returns
     -------
@@ -82,7 +87,7 @@ def examine(path: Path, max_bytes: int = MAX_BYTES, *, label_map: bool = False) 
     array = None
     if not {fault.code for fault in faults} & {"not_3d", "too_large", "unreadable"}:
         try:
-            array, junk = read_voxels(path, image)
+            array, junk = read_voxels(path, image) if allocate is None else read_voxels(path, image, allocate)
             faults += junk
             array = _as_labels(path, array) if label_map else as_image(array)
         except DataError as fault:

@@ -106,7 +106,7 @@ class GzipStream:
         # With no input left there may still be output that did not fit the last piece.
         try:
             piece = member.decompress(rest, limit)
-        except zlib_ng.error as error:
+        except zlib_ng.error as error:  # type: ignore[misc]  # its stub calls the class an instance
             raise InflateError(str(error)) from error
         if member.eof:
             self._next_member()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -24,6 +25,13 @@ HEADER_ERRORS = (
 _SLACK_BYTES = 2**20
 
 _COPY_AGAIN = "Copy the file again from its source."
+
+Allocate = Callable[[int], np.ndarray]
+"""A number of bytes to an uninitialised array of uint8, shape (bytes,)."""
+
+
+def _empty(n_bytes: int) -> np.ndarray:
+    return np.empty(n_bytes, np.uint8)
 
 
 def claimed_bytes(image: nib.Nifti1Image) -> int:
@@ -83,10 +91,10 @@ def leading_planes(path: Path, image: nib.Nifti1Image, data: bytes, count: int) 
     return raw[offset:].view(dtype).reshape((*shape[:2], count), order="F")
 
 
-def read_voxels(path: Path, image: nib.Nifti1Image) -> tuple[np.ndarray, list[DataError]]:
+def read_voxels(path: Path, image: nib.Nifti1Image, allocate: Allocate = _empty) -> tuple[np.ndarray, list[DataError]]:
     """The voxels as stored, or as float32 where they are scaled, and what follows them in the file."""
     expected = claimed_bytes(image)
-    raw, junk = _contents(path, expected)
+    raw, junk = _contents(path, expected, allocate)
     if len(raw) < expected:
         raise truncated(path, f"the voxels end early ({len(raw)} of {expected} bytes)")
     if is_scaled(image):
@@ -120,7 +128,7 @@ def fits_int16(array: np.ndarray) -> bool:
     return bool(array.min() >= limits.min and array.max() <= limits.max)
 
 
-def _contents(path: Path, expected: int) -> tuple[np.ndarray, int]:
+def _contents(path: Path, expected: int, allocate: Allocate) -> tuple[np.ndarray, int]:
     """The bytes of a file, inflated, up to `expected`, and how many follow them; some slack is read to find out."""
     budget = expected + _SLACK_BYTES
     try:
@@ -130,7 +138,7 @@ def _contents(path: Path, expected: int) -> tuple[np.ndarray, int]:
         if path.stat().st_size > budget + budget // 8:
             raise OverBudget("even compressed")  # deflate never adds an eighth
         stream = GzipStream(path.read_bytes())
-        raw = np.empty(expected, np.uint8)
+        raw = allocate(expected)
         filled = stream.read_into(raw.data)
         extra = stream.finish(_SLACK_BYTES)
         return raw[:filled], extra + stream.junk

@@ -33,4 +33,6 @@ def region_masks(label_map: np.ndarray, regions: Sequence[str]) -> np.ndarray:
 
 def region_areas(label_map: np.ndarray, region: str) -> np.ndarray:
     """Voxels of a region in every transverse slice, shape (X, Y, Z) to (Z,)."""
-    return np.count_nonzero(region_mask(label_map, region), axis=(0, 1))
+    # Plane by plane, most of which are blank; with an axis, numpy would add the booleans up as integers.
+    planes = np.moveaxis(label_map, -1, 0)
+    return np.array([np.count_nonzero(region_mask(p, region)) if p.any() else 0 for p in planes], np.int64)
