@@ -162,8 +162,10 @@ class TrainConfig(Section):
     warmup_share: float = Field(0.1, ge=0, lt=1, description="Share of all steps with a linearly rising rate.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="After the warm-up.")
     clip_norm: float | None = Field(1.0, gt=0, description="Largest gradient norm; null is no clipping.")
-    amp: Literal["none", "bf16", "fp16", "auto"] = Field(
-        "none", description="Autocast of the forward pass; auto is bf16 where the hardware computes in it."
+    amp: Literal["none", "tf32", "bf16", "fp16", "auto"] = Field(
+        "none",
+        description="Autocast of the forward pass; auto is bf16 where the hardware computes in it; tf32 is float32 "
+        "with products in TensorFloat-32 (CUDA only).",
     )
     dice_weight: float = Field(1.0, ge=0, description="Weight of the Dice term.")
     bce_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy term.")
@@ -186,8 +188,9 @@ class TrainConfig(Section):
     cache_gib: float = Field(
         0.0,
         ge=0,
-        description="Room on disk for image embeddings; methods that leave the encoder as it is compute each once, "
-        "for training and prediction; 0 keeps none.",
+        description="Room on disk for what the encoder computes before anything that is trained (embeddings, or "
+        "activations at the method's cache point), each slice once; prediction keeps embeddings for a second prompt; 0 "
+        "keeps none.",
     )
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `track`).")
 
@@ -205,8 +208,10 @@ class PredictConfig(Section):
     """Prediction of whole cases."""
 
     batch_size: int = Field(4, ge=1, description="Slices per forward pass, each with all its modalities.")
-    amp: Literal["none", "bf16", "fp16", "auto"] = Field(
-        "none", description="Autocast of the forward pass; auto is bf16 where the hardware computes in it."
+    amp: Literal["none", "tf32", "bf16", "fp16", "auto"] = Field(
+        "none",
+        description="Autocast of the forward pass; auto is bf16 where the hardware computes in it; tf32 is float32 "
+        "with products in TensorFloat-32 (CUDA only).",
     )
     threshold: float = Field(0.5, gt=0, lt=1, description="Probability above which a voxel is tumour.")
 

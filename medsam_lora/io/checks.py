@@ -148,7 +148,7 @@ def _check_label_map(check: CaseCheck, record: CaseRecord, array: np.ndarray) ->
     except DataError as fault:
         check.findings.append(finding_of(fault, record.case_id, record.files["seg"]))
         return None
-    if not label_map.any():
+    if _is_blank(label_map):
         detail = "the reference marks no tumour"
         remedy = "Right for a case without tumour; otherwise restore the reference."
         check.findings.append(finding("empty_reference", record.case_id, detail, remedy, file=record.files["seg"]))

@@ -69,7 +69,8 @@ def examine(
     max_bytes : int
         Cap on the bytes the header may claim; nothing is loaded beyond it.
     label_map : bool
-        Whether the voxels must be integers; the array is then int16, or int64 where the values do not fit.
+        Whether the voxels must be integers; the array is then uint8 as in the file, or int16, or
+        int64 where the values do not fit.
     allocate : callable, optional
         Where the inflated file is to lie (`voxels.Allocate`).
 
@@ -188,6 +189,8 @@ def _qform(header: nib.Nifti1Header) -> np.ndarray | None:
 
 
 def _as_labels(path: Path, array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
     if array.dtype.kind in "iu":
         return array.astype(np.int16 if fits_int16(array) else np.int64, copy=False)
     with np.errstate(invalid="ignore"):

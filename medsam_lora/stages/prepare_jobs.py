@@ -48,6 +48,8 @@ class Job:
 
     def read_chosen(self) -> CaseVolumes:
         """As `read`, but only the planes that will be stored, where these can be known beforehand."""
+        if self.plan.scope != "slice":  # statistics over the volume: before anything is read
+            return self.read()
 
         def choose(label_map: np.ndarray, geometry: Geometry) -> list[int] | None:
             return planes_needed(label_map, geometry, self.plan, self.record)

@@ -134,10 +134,26 @@ def train(
         "regions": list(segmenter.regions),
         "postprocess": postprocess.describe(postprocess.from_json(metadata.get("postprocess", {}))),
         "cached_embeddings": cached,
+        "cache": _cache_record(segmenter, config),
         "reload_check": check,
     }
     write_json(run / "run.json", record)
     return record
+
+
+def _cache_record(segmenter: Segmenter, config: Config) -> dict[str, Any] | None:
+    """What is cached, in how many variants of each slice, and how much room it took."""
+    if segmenter.cache is None:
+        return None
+    cache = segmenter.cache
+    return {
+        "point": segmenter.cache_point,
+        "variants_per_slice": 2 if config.train.flip else 1,
+        "hits": cache.hits,
+        "misses": cache.misses,
+        "gib": cache.gib,
+        "max_gib": config.train.cache_gib,
+    }
 
 
 def _bytes(config: Config) -> int:
@@ -207,7 +223,7 @@ def _check_reloaded(
     options = PredictOptions(config.train.batch_size, config.train.amp)
     reloaded, _ = load_segmenter(run / ADAPTER_FILE, config.model.weights, device)
     # Embeddings computed in another batch differ in their last bits, which is not what is asked here.
-    reloaded.cache = segmenter.cache
+    reloaded.cache, reloaded.cache_point = segmenter.cache, segmenter.cache_point
     prompt = config.prompt
     pairs = [
         tuple(

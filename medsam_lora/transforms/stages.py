@@ -141,13 +141,15 @@ def prepare_case(case: CaseVolumes, plan: PreparePlan, slices: Sequence[int] | N
     label = None if case.label_map is None else orient(case.label_map, case.geometry)[0]
     brain = None if case.planes is not None else brain_of(image)
     start, stop = crop_window(plan.crop, grid.shape[:2])
+    tumour = None if label is None else nonzero(label)
     if slices is None:
-        if label is not None and not plan.crop.allow_tumour_loss:
-            refuse_tumour_loss(label != 0, start, stop, case_id)
-        ks = _chosen_slices(label, brain, plan, case.record)
+        if tumour is not None and not plan.crop.allow_tumour_loss:
+            refuse_tumour_loss(tumour, start, stop, case_id)
+        # Planes that were read are those that were chosen.
+        ks = _chosen_slices(label, brain, plan, case.record) if case.planes is None else _oriented_planes(case)
     else:
         ks = _given_slices(slices, grid, case_id)
-    at = ks if case.planes is None else _places(case.planes, ks, case)
+    at = ks if case.planes is None else [_oriented_planes(case).index(k) for k in ks]
     mean, std = statistics(image, plan.voxels, plan.scope, at)
     record = case.record
     return PreparedSlices(
@@ -163,7 +165,7 @@ def prepare_case(case: CaseVolumes, plan: PreparePlan, slices: Sequence[int] | N
         plan.voxels,
         case.geometry,
         cropped_geometry(grid, start, stop),
-        _losses(brain, label, start, stop),
+        _losses(brain, tumour, start, stop),
     )
 
 
@@ -203,12 +205,12 @@ def planes_needed(label_map: np.ndarray, geometry: Geometry, plan: PreparePlan, 
     return sorted(k if sign > 0 else grid.shape[2] - 1 - k for k in ks)
 
 
-def _places(planes: Sequence[int], ks: Sequence[int], case: CaseVolumes) -> list[int]:
-    """Where along the last axis of the oriented image the oriented slices `ks` are, of a case with some planes only."""
+def _oriented_planes(case: CaseVolumes) -> list[int]:
+    """The oriented slices that the last axis of the oriented image holds, of a case of which some planes were read."""
+    assert case.planes is not None
     sign = nib.orientations.io_orientation(case.geometry.affine)[2, 1]
-    depth = case.geometry.shape[2]
-    here = list(planes) if sign > 0 else [depth - 1 - plane for plane in reversed(planes)]
-    return [here.index(k) for k in ks]
+    last = case.geometry.shape[2] - 1
+    return list(case.planes) if sign > 0 else [last - plane for plane in reversed(case.planes)]
 
 
 def crop_geometry(native: Geometry, plan: PreparePlan) -> Geometry:
@@ -228,14 +230,19 @@ def case_brain_box(case: CaseVolumes) -> BrainBox:
 
 def brain_of(image: np.ndarray) -> np.ndarray:
     """Voxels that are not 0 in some modality, shape (M, X, Y, Z) to (X, Y, Z)."""
-    # Plane by plane, in the order of the memory, so that the planes between stay in the cache.
-    axes, flips = memory_axes(image[0])
-    channels = [channel.transpose(axes)[flips] for channel in image]
-    brain = np.zeros(channels[0].shape, bool)
-    for k, plane in enumerate(brain):
-        for channel in channels:
-            plane |= channel[k] != 0
-    return brain[flips].transpose(np.argsort(axes))
+    return nonzero(*image)
+
+
+def nonzero(*volumes: np.ndarray) -> np.ndarray:
+    """Voxels that are not 0 in some of the volumes, which lie alike in memory."""
+    axes, flips = memory_axes(volumes[0])
+    turned = [volume.transpose(axes)[flips] for volume in volumes]
+    found = np.zeros(turned[0].shape, bool)
+    # Plane by plane, in the order of the memory, so that what is between stays in the cache.
+    for k, plane in enumerate(found):
+        for volume in turned:
+            plane |= volume[k] != 0
+    return found[flips].transpose(np.argsort(axes))
 
 
 def _chosen_slices(
@@ -277,9 +284,8 @@ def _slice_major(array: np.ndarray, ks: Sequence[int], start: Sequence[int], sto
 
 
 def _losses(
-    brain: np.ndarray | None, label: np.ndarray | None, start: Sequence[int], stop: Sequence[int]
+    brain: np.ndarray | None, tumour: np.ndarray | None, start: Sequence[int], stop: Sequence[int]
 ) -> dict[str, int | None]:
-    tumour = None if label is None else label != 0
     return {
         "brain_voxels": None if brain is None else int(np.count_nonzero(brain)),
         "brain_voxels_lost": None if brain is None else voxels_lost(brain, start, stop),
