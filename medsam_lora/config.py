@@ -155,6 +155,12 @@ class TrainConfig(Section):
     )
     batch_size: int = Field(2, ge=1, description="Slices per step, each with all its modalities.")
     accumulation: int = Field(1, ge=1, description="Steps whose gradients are added up before an update.")
+    processes: int = Field(
+        1,
+        ge=1,
+        description="Processes on this machine that share every batch, each on a GPU of its own or all on the CPU; "
+        "torchrun, where it is used, decides instead.",
+    )
     optimiser: Literal["adamw", "adam"] = Field("adamw", description="Adam or AdamW.")
     lr: float = Field(1e-4, gt=0, description="Learning rate of the adapter and the mask decoder.")
     lr_encoder: float | None = Field(None, gt=0, description="Learning rate of encoder tensors; null is `lr`.")

@@ -122,6 +122,7 @@ def as_image(array: np.ndarray) -> np.ndarray:
 
 
 def fits_int16(array: np.ndarray) -> bool:
+    """Whether every value of an array of integers, or of rounded floats, is one of int16."""
     limits = np.iinfo(np.int16)
     if np.can_cast(array.dtype, np.int16):
         return True
@@ -157,16 +158,20 @@ def _damaged(path: Path, error: Exception) -> DataError:
 
 
 def unreadable(path: Path, message: str, remedy: str = _COPY_AGAIN) -> DataError:
+    """The error for a file that is not what it should be."""
     return DataError(message, path=path, remedy=remedy, code="unreadable")
 
 
 def truncated(path: Path, message: str) -> DataError:
+    """The error for a file that ends early."""
     return DataError(message, path=path, remedy=_COPY_AGAIN, code="truncated")
 
 
 def gib(n: int) -> str:
+    """A number of bytes for a reader, in GiB or MiB."""
     return f"{n / 2**30:.1f} GiB" if n >= 2**28 else f"{n / 2**20:.1f} MiB"
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its name."""
     return (str(error) or type(error).__name__).splitlines()[0]

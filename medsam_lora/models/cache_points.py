@@ -48,7 +48,8 @@ def until(encoder: nn.Module, pixels: Tensor, point: str) -> Tensor:
             if number == first:
                 break
             x = step(x)
-        return x
+        # Laid out as it will be read from a cache, so that both are followed by the same arithmetic to the last bit.
+        return x.contiguous()
 
 
 def onward(encoder: nn.Module, activation: Tensor, point: str) -> Tensor:

@@ -241,7 +241,7 @@ def _train(place: Workplace, method: Method, folder: Path, manifest: Path, store
 
     inputs = {
         "config": method.config.model_dump(
-            mode="json", exclude={"predict": True, "evaluate": True, "train": {"cache_gib"}}
+            mode="json", exclude={"predict": True, "evaluate": True, "train": {"cache_gib", "processes"}}
         ),
         "store": store.name,
         "manifest": sha256_of(manifest),
