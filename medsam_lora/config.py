@@ -195,8 +195,7 @@ class TrainConfig(Section):
         0.0,
         ge=0,
         description="Room on disk for what the encoder computes before anything that is trained (embeddings, or "
-        "activations at the method's cache point), each slice once; prediction keeps embeddings for a second prompt; 0 "
-        "keeps none.",
+        "activations at the method's cache point), each slice once; 0 keeps none.",
     )
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `track`).")
 
@@ -220,6 +219,11 @@ class PredictConfig(Section):
         "with products in TensorFloat-32 (CUDA only).",
     )
     threshold: float = Field(0.5, gt=0, lt=1, description="Probability above which a voxel is tumour.")
+    keep_embeddings: bool = Field(
+        False,
+        description="Keep the embeddings of this adapter in the room of train.cache_gib, so that a second prediction "
+        "with other boxes needs no encoder; those of methods that leave the encoder as it is are kept anyway.",
+    )
 
 
 class EvaluateConfig(Section):

@@ -38,7 +38,10 @@ class EmbeddingCache:
         Everything besides the slice that an entry depends on: base weights, cache point, input range, image size,
         precision.
     max_bytes : int
-        No entry is added once the folder's entries of this identity would exceed it; those there are still used.
+        No entry is added once the folder's entries, those of other identities included, would exceed it; those there
+        are still used.
+    writers : int
+        Processes that share the room that is left.
 
     Attributes
     ----------
@@ -48,17 +51,17 @@ class EmbeddingCache:
         Whether an entry was left out for want of room.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], max_bytes: int) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], max_bytes: int, writers: int = 1) -> None:
         text = json.dumps(identity, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
-        self.max_bytes = max_bytes
+        self.bytes = sum(path.stat().st_size for path in folder.glob("*/*.npy"))
+        self.max_bytes = self.bytes + max(0, max_bytes - self.bytes) // writers
         self.hits = self.misses = 0
         self.full = False
-        self.bytes = sum(path.stat().st_size for path in self.folder.glob("*.npy"))
 
     @property
     def gib(self) -> float:
-        """Size of the entries in GiB."""
+        """Size of all entries in the folder in GiB."""
         return self.bytes / 2**30
 
     def keys(self, z: Tensor, present: Sequence[int]) -> list[str]:
@@ -94,7 +97,10 @@ class EmbeddingCache:
         if self.bytes + bits.nbytes > self.max_bytes:
             if not self.full:
                 logger.warning(
-                    "the cache %s is full (%.1f GiB): further slices are computed each time", self.folder, self.gib
+                    "the cache %s is full (%.1f GiB), so further slices are computed each time; delete it, or raise "
+                    "train.cache_gib",
+                    self.folder.parent,
+                    self.gib,
                 )
             self.full = True
             return

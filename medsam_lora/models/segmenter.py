@@ -105,19 +105,21 @@ class Segmenter(nn.Module):
         own = {token: index for index, token in enumerate(self.main_tokens)}
         return [own.get(token, 0) for token in range(N_TOKENS)]
 
-    def use_cache(self, folder: Path, max_bytes: int, amp: str, *, fixed: str = "") -> bool:
+    def use_cache(self, folder: Path, max_bytes: int, amp: str, *, fixed: str = "", writers: int = 1) -> bool:
         """Keep what the image encoder computes before anything trained in `folder` from now on.
 
         Parameters
         ----------
         folder : Path
         max_bytes : int
-            Of the entries of this model and cache point.
+            Of all entries in the folder.
         amp : str
             Setting of the autocast that the forward passes run under: embeddings differ by it.
         fixed : str
             Digest of the adapter, where its weights will not change from now on: image embeddings are kept then,
             whatever the method, under that digest, so that a second prompt finds them.
+        writers : int
+            Processes that share the room.
 
         Returns
         -------
@@ -140,7 +142,7 @@ class Segmenter(nn.Module):
             "cache_point": self.cache_point,
             **own,
         }
-        self.cache = EmbeddingCache(folder, identity, max_bytes)
+        self.cache = EmbeddingCache(folder, identity, max_bytes, writers)
         return True
 
     def embed(self, z: Tensor, present: Sequence[int] | None = None) -> Tensor:

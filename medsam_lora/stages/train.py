@@ -127,7 +127,7 @@ def _train_as(
         config.model, config.method, config.fusion, modalities, config.train.regions, seed, target
     )
     cached = segmenter.use_cache(
-        run.parent / CACHE_FOLDER if cache is None else cache, _bytes(config), config.train.amp
+        run.parent / CACHE_FOLDER if cache is None else cache, _bytes(config), config.train.amp, writers=group.size
     )
     check_cases([*training, *validation], modalities, config.train.regions, store)
     if config.train.postprocess == "fitted" and not validation:

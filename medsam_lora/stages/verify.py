@@ -21,6 +21,7 @@ from medsam_lora.io.findings import finding
 from medsam_lora.io.manifest import case_path, parse_manifest, table_findings
 from medsam_lora.io.partial import VERIFIED_FILE, VerifiedFile, write_verified
 from medsam_lora.io.tables import FINDING_COLUMNS, write_table
+from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.progress import track
 from medsam_lora.records import CaseRecord, Finding
 
@@ -97,6 +98,7 @@ def verify(
     ManifestError
         Where the manifest cannot be read as a table (all bad lines are named), or there is no data root.
     """
+    keep_freed_memory()
     records = [record for _, record in parse_manifest(manifest)]
     base = manifest.parent if root is None else root
     if not base.is_dir():
@@ -166,7 +168,7 @@ def in_processes(function: Callable[[J], R], jobs: Sequence[J], workers: int) ->
     """
     # Processes are spawned, not forked: a fork copies locks that threads of the parent may hold.
     context = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=keep_freed_memory) as pool:
         futures = _submitted(pool, function, jobs)
         for job, future in zip(jobs, futures, strict=True):
             try:
@@ -174,7 +176,7 @@ def in_processes(function: Callable[[J], R], jobs: Sequence[J], workers: int) ->
                     raise BrokenProcessPool
                 yield future.result()
             except BrokenProcessPool:
-                with ProcessPoolExecutor(1, mp_context=context) as alone:
+                with ProcessPoolExecutor(1, mp_context=context, initializer=keep_freed_memory) as alone:
                     try:
                         yield alone.submit(function, job).result()
                     except BrokenProcessPool:

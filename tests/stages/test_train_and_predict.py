@@ -275,7 +275,7 @@ def test_a_second_prediction_with_other_boxes_takes_the_embeddings_of_the_first(
     cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of a method that adapts every block, as an adapter does not change any more."""
-    room = config(train={"cache_gib": 1.0})
+    room = config(train={"cache_gib": 1.0}, predict={"keep_embeddings": True})
     first = tmp_path / "first"
     predict(cohort.manifest, cohort.root, cohort.run, first, room, split="test", device="cpu")
     for record in cohort.tested:
