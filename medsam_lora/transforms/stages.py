@@ -250,9 +250,8 @@ def _chosen_slices(
 ) -> list[int]:
     """Oriented slices; `brain` may be None where `planes_needed` says that it does not matter."""
     areas = None if label is None else region_areas(label, plan.region)
-    there = label if brain is None else brain
-    assert there is not None
-    shown = np.array([plane.any() for plane in np.moveaxis(there, -1, 0)])
+    planes = () if brain is None else np.moveaxis(brain, -1, 0)
+    shown = np.array([plane.any() for plane in planes], bool)
     slicing = plan.slicing
     if record.split != "train":
         slicing = EVALUATION_SLICING
