@@ -155,6 +155,12 @@ class TrainConfig(Section):
     )
     batch_size: int = Field(2, ge=1, description="Slices per step, each with all its modalities.")
     accumulation: int = Field(1, ge=1, description="Steps whose gradients are added up before an update.")
+    processes: int = Field(
+        1,
+        ge=1,
+        description="Processes on this machine that share every batch, each on a GPU of its own or all on the CPU; "
+        "torchrun, where it is used, decides instead.",
+    )
     optimiser: Literal["adamw", "adam"] = Field("adamw", description="Adam or AdamW.")
     lr: float = Field(1e-4, gt=0, description="Learning rate of the adapter and the mask decoder.")
     lr_encoder: float | None = Field(None, gt=0, description="Learning rate of encoder tensors; null is `lr`.")
@@ -162,8 +168,10 @@ class TrainConfig(Section):
     warmup_share: float = Field(0.1, ge=0, lt=1, description="Share of all steps with a linearly rising rate.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="After the warm-up.")
     clip_norm: float | None = Field(1.0, gt=0, description="Largest gradient norm; null is no clipping.")
-    amp: Literal["none", "bf16", "fp16", "auto"] = Field(
-        "none", description="Autocast of the forward pass; auto is bf16 where the hardware computes in it."
+    amp: Literal["none", "tf32", "bf16", "fp16", "auto"] = Field(
+        "none",
+        description="Autocast of the forward pass; auto is bf16 where the hardware computes in it; tf32 is float32 "
+        "with products in TensorFloat-32 (CUDA only).",
     )
     dice_weight: float = Field(1.0, ge=0, description="Weight of the Dice term.")
     bce_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy term.")
@@ -186,8 +194,8 @@ class TrainConfig(Section):
     cache_gib: float = Field(
         0.0,
         ge=0,
-        description="Room on disk for image embeddings; methods that leave the encoder as it is compute each once, "
-        "for training and prediction; 0 keeps none.",
+        description="Room on disk for what the encoder computes before anything that is trained (embeddings, or "
+        "activations at the method's cache point), each slice once; 0 keeps none.",
     )
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `track`).")
 
@@ -205,10 +213,17 @@ class PredictConfig(Section):
     """Prediction of whole cases."""
 
     batch_size: int = Field(4, ge=1, description="Slices per forward pass, each with all its modalities.")
-    amp: Literal["none", "bf16", "fp16", "auto"] = Field(
-        "none", description="Autocast of the forward pass; auto is bf16 where the hardware computes in it."
+    amp: Literal["none", "tf32", "bf16", "fp16", "auto"] = Field(
+        "none",
+        description="Autocast of the forward pass; auto is bf16 where the hardware computes in it; tf32 is float32 "
+        "with products in TensorFloat-32 (CUDA only).",
     )
     threshold: float = Field(0.5, gt=0, lt=1, description="Probability above which a voxel is tumour.")
+    keep_embeddings: bool = Field(
+        False,
+        description="Keep the embeddings of this adapter in the room of train.cache_gib, so that a second prediction "
+        "with other boxes needs no encoder; those of methods that leave the encoder as it is are kept anyway.",
+    )
 
 
 class EvaluateConfig(Section):

@@ -64,6 +64,9 @@ class CaseVolumes:
     label_map : ndarray of uint8, shape (X, Y, Z), or None
         Canonical labels; None where the case has no reference.
     geometry : Geometry
+        Of the whole volume.
+    planes : tuple of int or None
+        Where not the whole image was read, which planes along array axis 2 its last axis holds; the label map is whole.
     """
 
     record: CaseRecord
@@ -71,6 +74,7 @@ class CaseVolumes:
     image: np.ndarray
     label_map: np.ndarray | None
     geometry: Geometry
+    planes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +102,8 @@ class PreparedSlices:
         The whole oriented and cropped volume; slice `n` stands at ``crop.at_slice(ks[n])``.
     report : mapping of str to int or None
         ``brain_voxels``, ``brain_voxels_lost``, ``tumour_voxels``, ``tumour_voxels_lost``: over the whole volume,
-        lost to the crop; those of tumour None where the case has no reference.
+        lost to the crop; those of tumour None where the case has no reference, those of the brain None where not
+        the whole image was read.
     """
 
     case_id: str

@@ -104,6 +104,10 @@ def prepare(
         Path | None, typer.Option("--out", "--prepared", metavar="DIR", help="Root of the prepared store [prepared].")
     ] = None,
     workers: options.WorkersOption = None,
+    verified: Annotated[
+        Path | None,
+        typer.Option("--verified", metavar="FILE.csv", help="What verify noted [verified.csv beside the manifest]."),
+    ] = None,
     config: options.ConfigOption = None,
     settings: options.SetOption = None,
 ) -> None:
@@ -112,7 +116,9 @@ def prepare(
 
     chosen = options.read_config(config, settings)
     store = out or Path("prepared")
-    folder, outcome = prepare_cases(manifest, root, store, chosen, workers=options.processes(workers))
+    folder, outcome = prepare_cases(
+        manifest, root, store, chosen, workers=options.processes(workers), verified=verified
+    )
     options.finish(outcome, "prepared", folder)
 
 

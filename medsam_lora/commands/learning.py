@@ -32,6 +32,8 @@ def train(
     from medsam_lora.stages.train import train as train_method
 
     record = train_method(manifest, prepared, run, chosen, device=device, resume=resume)
+    if not record:  # one of several processes under torchrun, of which the first one tells
+        return
     typer.echo(
         f"trained {record['method']} ({record['trainable_parameters']:,} parameters, {record['n_train_cases']} cases) "
         f"in {record['duration_s']:.0f} s: {run}"

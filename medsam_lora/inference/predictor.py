@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from medsam_lora.inference.batches import BatchLimit, in_batches
 from medsam_lora.labels import nested, region_mask
-from medsam_lora.models.precision import autocast
+from medsam_lora.models.precision import autocast, float32_products
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.prompts.box import boxes_from_mask
 from medsam_lora.records import PreparedSlices
@@ -24,20 +26,64 @@ class PredictOptions:
     Parameters
     ----------
     batch_size : int
-        Slices per forward pass, each with all its modalities.
+        Slices per forward pass, each with all its modalities; halved where memory runs out.
     amp : str
-        ``none``, ``bf16``, ``fp16`` or ``auto``.
+        ``none``, ``tf32``, ``bf16``, ``fp16`` or ``auto``.
     threshold : float
         Probability above which a voxel is foreground.
+    limit : BatchLimit
+        What fitted once memory had run out; share it between calls to fall back only once.
     """
 
     batch_size: int = 4
     amp: str = "none"
     threshold: float = 0.5
+    limit: BatchLimit = field(default_factory=BatchLimit, compare=False)
+
+
+CaseEmbeddings = Mapping[int, torch.Tensor]
+"""Slice index k of the oriented grid to its embedding, (M, D, s, s), on the CPU."""
+
+
+def embed_case(
+    segmenter: Segmenter, case: PreparedSlices, options: PredictOptions, ks: Iterable[int] | None = None
+) -> CaseEmbeddings:
+    """Image embeddings of a case's slices, for any number of prompts of it with `predict_slices`.
+
+    Parameters
+    ----------
+    segmenter : Segmenter
+        The embeddings are of its weights as they are now.
+    case : PreparedSlices
+    options : PredictOptions
+    ks : iterable of int, optional
+        Slices wanted; all of them by default.
+
+    Returns
+    -------
+    mapping of int to Tensor
+        See `CaseEmbeddings`: 4 MiB in float32 for each modality of a slice at 1024 pixels.
+    """
+    wanted = set(case.ks if ks is None else ks)
+    numbers = [n for n, k in enumerate(case.ks) if k in wanted]
+    embeddings: dict[int, torch.Tensor] = {}
+
+    def embed(chunk: list[int]) -> None:
+        z = _normalised(case, chunk, segmenter.device)
+        computed = segmenter.embed(z, _present(segmenter, case)).unflatten(0, (len(chunk), -1)).cpu()
+        embeddings.update({case.ks[n]: one for n, one in zip(chunk, computed, strict=True)})
+
+    with _predicting(segmenter, options):
+        in_batches(numbers, options.batch_size, embed, options.limit, case.case_id)
+    return embeddings
 
 
 def predict_slices(
-    segmenter: Segmenter, case: PreparedSlices, boxes: Mapping[int, np.ndarray], options: PredictOptions
+    segmenter: Segmenter,
+    case: PreparedSlices,
+    boxes: Mapping[int, np.ndarray],
+    options: PredictOptions,
+    embeddings: CaseEmbeddings | None = None,
 ) -> np.ndarray:
     """Masks of a case's slices.
 
@@ -50,31 +96,64 @@ def predict_slices(
     boxes : mapping of int to ndarray of float, shape (n, 4)
         By slice index k of the oriented grid, on voxel edges of the crop grid; slices without boxes stay empty.
     options : PredictOptions
+    embeddings : mapping of int to Tensor, optional
+        From `embed_case` with this segmenter; the image encoder does not run then.
 
     Returns
     -------
     ndarray of bool, shape (N, R, X, Y)
         Every region within the one before it (`labels.nested`).
+
+    Raises
+    ------
+    DataError
+        ``out_of_memory``, where not even one slice fits.
+    KeyError
+        Where a slice with boxes is not among the embeddings.
     """
-    present = [segmenter.modalities.index(name) for name in case.modalities]
+    present = _present(segmenter, case)
     x, y, _ = case.crop.shape
     masks = np.zeros((len(case.ks), len(segmenter.regions), x, y), bool)
     prompted = [n for n, k in enumerate(case.ks) if len(boxes.get(k, ())) > 0]
     cut = math.log(options.threshold / (1 - options.threshold))
+
+    def predict(chunk: list[int]) -> None:
+        prompts = [boxes[case.ks[n]] for n in chunk]
+        if embeddings is None:
+            output = segmenter(_normalised(case, chunk, segmenter.device), prompts, present)
+        else:
+            stacked = torch.cat([embeddings[case.ks[n]] for n in chunk]).to(segmenter.device)
+            output = segmenter.decode(stacked, prompts, (x, y), present)
+        masks[chunk] = (output.logits > cut).cpu().numpy()
+
+    with _predicting(segmenter, options):
+        in_batches(prompted, options.batch_size, predict, options.limit, case.case_id)
+    return nested(masks.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+@contextmanager
+def _predicting(segmenter: Segmenter, options: PredictOptions) -> Iterator[None]:
+    """Evaluation mode, no gradients, and the precision asked for; the mode before is put back."""
     was_training = segmenter.training
     segmenter.eval()
+    device = segmenter.device
     try:
-        with torch.inference_mode(), autocast(segmenter.device, options.amp):
-            for first in range(0, len(prompted), options.batch_size):
-                chunk = prompted[first : first + options.batch_size]
-                z = np.stack([zscore(np.asarray(case.image[n]), case.mean[n], case.std[n], case.voxels) for n in chunk])
-                output = segmenter(
-                    torch.from_numpy(z).to(segmenter.device), [boxes[case.ks[n]] for n in chunk], present
-                )
-                masks[chunk] = (output.logits > cut).cpu().numpy()
+        with torch.inference_mode(), autocast(device, options.amp), float32_products(device, options.amp):
+            yield
     finally:
         segmenter.train(was_training)
-    return nested(masks.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+def _present(segmenter: Segmenter, case: PreparedSlices) -> list[int]:
+    return [segmenter.modalities.index(name) for name in case.modalities]
+
+
+def _normalised(case: PreparedSlices, numbers: list[int], device: torch.device) -> torch.Tensor:
+    """z-scored slices (B, M, X, Y): raw voxels travel to the device, half as many bytes, and are normalised there."""
+    raw = torch.from_numpy(np.ascontiguousarray(case.image[numbers]))
+    if device.type == "cuda":
+        raw = raw.pin_memory().to(device, non_blocking=True)
+    return zscore(raw, case.mean[numbers], case.std[numbers], case.voxels)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from medsam_lora.geometry import GRID_TOLERANCE, Geometry
 from medsam_lora.io.examine import MAX_BYTES, examine
 from medsam_lora.io.findings import finding, finding_of
 from medsam_lora.io.manifest import case_findings, case_path
+from medsam_lora.io.voxels import Allocate
 from medsam_lora.labels import CONVENTIONS, MODALITIES, to_canonical
 from medsam_lora.records import CaseRecord, Finding, Volume
 
@@ -47,6 +48,7 @@ def check_case(
     *,
     max_bytes: int = MAX_BYTES,
     nonfinite: NonFinite = "reject",
+    allocate: Allocate | None = None,
 ) -> CaseCheck:
     """Read a case and list everything that is wrong with it.
 
@@ -61,6 +63,8 @@ def check_case(
         Cap on the bytes a header may claim.
     nonfinite : {"reject", "zero"}
         Whether NaN and infinite voxels are an error, or set to 0 with a warning.
+    allocate : callable, optional
+        Where the inflated images are to lie (`voxels.Allocate`).
 
     Returns
     -------
@@ -81,13 +85,13 @@ def check_case(
             if not any((f.code, f.file) == (news.code, file) for f in check.findings):
                 check.findings.append(news)
             continue
-        reading = examine(path, max_bytes, label_map=key == "seg")
+        reading = examine(path, max_bytes, label_map=key == "seg", allocate=None if key == "seg" else allocate)
         check.findings += [finding_of(fault, record.case_id, file) for fault in reading.faults]
         if reading.geometry is not None:
             geometries[key] = reading.geometry
         if reading.array is None:
             continue
-        if not reading.array.any():
+        if _is_blank(reading.array):
             check.blank.add(key)
         if key == "seg":
             array = _check_label_map(check, record, reading.array)
@@ -115,9 +119,9 @@ def _check_image(
 ) -> np.ndarray | None:
     file = record.files[key]
     if array.dtype.kind == "f":
-        bad = ~np.isfinite(array)
-        count = int(bad.sum())
-        if count:
+        bad = np.isfinite(array)
+        np.logical_not(bad, out=bad)
+        if count := int(np.count_nonzero(bad)):
             i, j, k = (int(v) for v in np.argwhere(bad)[0])
             detail = f"{count} voxels are NaN or infinite, the first at ({i}, {j}, {k})"
             reject = nonfinite == "reject"
@@ -125,21 +129,26 @@ def _check_image(
             severity = "error" if reject else "warning"
             check.findings.append(finding("nonfinite", record.case_id, detail, remedy, file=file, severity=severity))
             array = np.where(bad, np.float32(0), array)
-    if not array.any():
+    if _is_blank(array):
         remedy = "Restore the file, or empty its cell in the manifest to use the case without it."
         check.findings.append(finding("all_zero", record.case_id, "every voxel is 0", remedy, file=file))
     return array
+
+
+def _is_blank(array: np.ndarray) -> bool:
+    # The middle first: it answers for nearly every file, and a whole volume takes as long as inflating a tenth of it.
+    return not (array[..., array.shape[-1] // 2].any() or array.any())
 
 
 def _check_label_map(check: CaseCheck, record: CaseRecord, array: np.ndarray) -> np.ndarray | None:
     if record.label_convention not in CONVENTIONS:
         return None  # said already, with the manifest line
     try:
-        label_map = to_canonical(array, record.label_convention)
+        label_map = to_canonical(array, record.label_convention, contiguous=False)
     except DataError as fault:
         check.findings.append(finding_of(fault, record.case_id, record.files["seg"]))
         return None
-    if not label_map.any():
+    if _is_blank(label_map):
         detail = "the reference marks no tumour"
         remedy = "Right for a case without tumour; otherwise restore the reference."
         check.findings.append(finding("empty_reference", record.case_id, detail, remedy, file=record.files["seg"]))

@@ -16,7 +16,19 @@ import numpy as np
 
 from medsam_lora.errors import DataError
 from medsam_lora.geometry import GRID_TOLERANCE, Geometry
-from medsam_lora.io.inflate import GZIP_MAGIC, OverBudget, inflate
+from medsam_lora.io.inflate import GZIP_MAGIC
+from medsam_lora.io.voxels import (
+    HEADER_ERRORS,
+    Allocate,
+    as_image,
+    claimed_bytes,
+    first_line,
+    fits_int16,
+    gib,
+    read_voxels,
+    truncated,
+    unreadable,
+)
 
 MAX_BYTES = 2 * 1024**3
 """Default cap on the bytes that a header may claim, before anything is loaded."""
@@ -24,19 +36,7 @@ MAX_BYTES = 2 * 1024**3
 TOLERATED = frozenset({"trailing_junk", "qform_sform_mismatch"})
 """Codes of faults with which a file is still read."""
 
-# What may follow the voxels before a file counts as a decompression bomb.
-_SLACK_BYTES = 2**20
-
-_COPY_AGAIN = "Copy the file again from its source."
 _CONVERT_AGAIN = "Convert the image again from DICOM with its orientation."
-_HEADER_ERRORS = (
-    nib.filebasedimages.ImageFileError,
-    nib.spatialimages.HeaderDataError,
-    nib.wrapstruct.WrapStructError,
-    OSError,
-    ValueError,
-    OverflowError,
-)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class Reading:
     faults: tuple[DataError, ...]
 
 
-def examine(path: Path, max_bytes: int = MAX_BYTES, *, label_map: bool = False) -> Reading:
+def examine(
+    path: Path, max_bytes: int = MAX_BYTES, *, label_map: bool = False, allocate: Allocate | None = None
+) -> Reading:
     """Read a file and list every fault of it.
 
     Parameters
@@ -67,7 +69,10 @@ def examine(path: Path, max_bytes: int = MAX_BYTES, *, label_map: bool = False) 
     max_bytes : int
         Cap on the bytes the header may claim; nothing is loaded beyond it.
     label_map : bool
-        Whether the voxels must be integers; the array is then int16, or int64 where the values do not fit.
+        Whether the voxels must be integers; the array is then uint8 as in the file, or int16, or
+        int64 where the values do not fit.
+    allocate : callable, optional
+        Where the inflated file is to lie (`voxels.Allocate`).
 
     Returns
     -------
@@ -83,9 +88,9 @@ def examine(path: Path, max_bytes: int = MAX_BYTES, *, label_map: bool = False) 
     array = None
     if not {fault.code for fault in faults} & {"not_3d", "too_large", "unreadable"}:
         try:
-            array, junk = _voxels(path, image)
+            array, junk = read_voxels(path, image) if allocate is None else read_voxels(path, image, allocate)
             faults += junk
-            array = _as_labels(path, array) if label_map else _as_image(array)
+            array = _as_labels(path, array) if label_map else as_image(array)
         except DataError as fault:
             array = None
             faults.append(fault)
@@ -106,26 +111,26 @@ def open_header(path: Path) -> nib.Nifti1Image:
         with path.open("rb") as handle:
             start = handle.read(352)
     except OSError as error:
-        raise _unreadable(path, f"cannot be opened ({_first_line(error)})", "Check its permissions.") from error
+        raise unreadable(path, f"cannot be opened ({first_line(error)})", "Check its permissions.") from error
     if not start:
-        raise _unreadable(path, "the file is empty")
+        raise unreadable(path, "the file is empty")
     zipped, named = start.startswith(GZIP_MAGIC), path.name.lower().endswith(".gz")
     if named and not zipped:
         if start[344:348] == b"n+1\0":
-            raise _unreadable(
+            raise unreadable(
                 path, "named .gz, but a NIfTI file that is not compressed", "Rename it to .nii, or compress it."
             )
-        raise _unreadable(path, "named .gz, but not compressed with gzip")
+        raise unreadable(path, "named .gz, but not compressed with gzip")
     if zipped and not named:
-        raise _unreadable(path, "compressed with gzip, but not named .gz", "Rename it to .nii.gz, or inflate it.")
+        raise unreadable(path, "compressed with gzip, but not named .gz", "Rename it to .nii.gz, or inflate it.")
     try:
         # nibabel tells of every header it repairs on standard error; what matters becomes a fault here.
         with nib.imageglobals.LoggingOutputSuppressor():
             return nib.Nifti1Image.from_filename(path)
     except EOFError as error:
-        raise _truncated(path, "the gzip stream ends within the header") from error
-    except (*_HEADER_ERRORS, zlib.error) as error:
-        raise _unreadable(path, f"not a readable NIfTI-1 file ({_first_line(error)})") from error
+        raise truncated(path, "the gzip stream ends within the header") from error
+    except (*HEADER_ERRORS, zlib.error) as error:
+        raise unreadable(path, f"not a readable NIfTI-1 file ({first_line(error)})") from error
 
 
 def examine_header(path: Path, image: nib.Nifti1Image, max_bytes: int) -> tuple[list[DataError], Geometry | None]:
@@ -137,15 +142,13 @@ def examine_header(path: Path, image: nib.Nifti1Image, max_bytes: int) -> tuple[
         faults.append(DataError(message, path=path, remedy="Split it into one 3-D file per modality.", code="not_3d"))
     dtype = np.dtype(image.get_data_dtype())
     if min(shape) < 1:
-        faults.append(_unreadable(path, f"the header claims a shape of {shape}"))
+        faults.append(unreadable(path, f"the header claims a shape of {shape}"))
     if dtype.kind not in "iuf":
-        faults.append(_unreadable(path, f"voxels of type {dtype} are not intensities", "Store integers or floats."))
-    claimed = _claimed_bytes(image)
+        faults.append(unreadable(path, f"voxels of type {dtype} are not intensities", "Store integers or floats."))
+    claimed = claimed_bytes(image)
     if claimed > max_bytes:
-        message = f"the header claims a shape of {shape}, {_gib(claimed)}, over the cap of {_gib(max_bytes)}"
-        faults.append(
-            DataError(message, path=path, remedy="Correct the file, or raise data.max_gib.", code="too_large")
-        )
+        message = f"the header claims a shape of {shape}, {gib(claimed)}, over the cap of {gib(max_bytes)}"
+        faults.append(DataError(message, path=path, remedy="Correct the file, or raise data.maxgib.", code="too_large"))
     affine_faults, geometry = _affine_faults(path, image, shape)
     return faults + affine_faults, geometry
 
@@ -185,78 +188,11 @@ def _qform(header: nib.Nifti1Header) -> np.ndarray | None:
         return None  # its quaternion is no rotation
 
 
-def _claimed_bytes(image: nib.Nifti1Image) -> int:
-    # Python integers: the product of a forged header overflows int64.
-    claimed = int(np.dtype(image.get_data_dtype()).itemsize)
-    for n in image.shape:
-        claimed *= max(int(n), 0)
-    return claimed + _proxy(image).offset
-
-
-def _proxy(image: nib.Nifti1Image) -> nib.arrayproxy.ArrayProxy:
-    assert isinstance(image.dataobj, nib.arrayproxy.ArrayProxy)  # an image read from a file has no other
-    return image.dataobj
-
-
-def _voxels(path: Path, image: nib.Nifti1Image) -> tuple[np.ndarray, list[DataError]]:
-    """The voxels as stored, or as float32 where they are scaled, and what follows them in the file."""
-    expected = _claimed_bytes(image)
-    raw, junk = _contents(path, expected)
-    if len(raw) < expected:
-        raise _truncated(path, f"the voxels end early ({len(raw)} of {expected} bytes)")
-    junk += len(raw) - expected
-    try:
-        with nib.imageglobals.LoggingOutputSuppressor():
-            proxy = _proxy(nib.Nifti1Image.from_bytes(raw))
-        # Scaling to float32 halves the peak of nibabel's default, float64.
-        plain = (proxy.slope, proxy.inter) == (1.0, 0.0)
-        with np.errstate(over="ignore", invalid="ignore"):
-            array = proxy.get_unscaled() if plain else np.asarray(proxy, np.float32)
-    except (*_HEADER_ERRORS, EOFError) as error:
-        raise _truncated(path, f"the voxels end early ({_first_line(error)})") from error
-    array = np.asarray(array).reshape(array.shape[:3])
-    message = f"{junk} bytes follow the voxels"
-    remedy = "Harmless in itself; compare the file with its source."
-    faults = [DataError(message, path=path, remedy=remedy, code="trailing_junk")] if junk else []
-    return array, faults
-
-
-def _as_image(array: np.ndarray) -> np.ndarray:
-    if array.dtype.kind in "iu" and _fits_int16(array):
-        return np.asarray(array, np.int16)
-    with np.errstate(over="ignore"):
-        return np.asarray(array, np.float32)
-
-
-def _fits_int16(array: np.ndarray) -> bool:
-    limits = np.iinfo(np.int16)
-    return array.dtype.itemsize == 1 or bool(array.min() >= limits.min and array.max() <= limits.max)
-
-
-def _contents(path: Path, expected: int) -> tuple[bytes, int]:
-    """The bytes of a file, inflated, and how many belong to nothing; at most `expected` and some slack are read."""
-    budget = expected + _SLACK_BYTES
-    try:
-        if not path.name.lower().endswith(".gz"):
-            with path.open("rb") as handle:
-                raw = handle.read(expected)
-            return raw, max(path.stat().st_size - expected, 0)
-        if path.stat().st_size > budget + budget // 8:
-            raise OverBudget("even compressed")  # deflate never adds an eighth
-        return inflate(path.read_bytes(), budget)
-    except OverBudget as error:
-        message = f"the file inflates to more than {_gib(budget)}, its header claims {_gib(expected)}"
-        remedy = "Do not trust the file; copy it again from its source."
-        raise DataError(message, path=path, remedy=remedy, code="too_large") from error
-    except EOFError as error:
-        raise _truncated(path, f"the gzip stream is cut ({_first_line(error)})") from error
-    except (OSError, zlib.error) as error:
-        raise _unreadable(path, f"the gzip stream is damaged ({_first_line(error)})") from error
-
-
 def _as_labels(path: Path, array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
     if array.dtype.kind in "iu":
-        return array.astype(np.int16 if _fits_int16(array) else np.int64, copy=False)
+        return array.astype(np.int16 if fits_int16(array) else np.int64, copy=False)
     with np.errstate(invalid="ignore"):
         rounded = np.rint(array)
         odd = ~(np.abs(array - rounded) <= 1e-3) | (np.abs(array) > np.iinfo(np.int32).max)
@@ -268,26 +204,10 @@ def _as_labels(path: Path, array: np.ndarray) -> np.ndarray:
             remedy="Write labels with nearest-neighbour resampling and an integer type.",
             code="not_integer_labels",
         )
-    return rounded.astype(np.int16 if _fits_int16(rounded) else np.int64)
-
-
-def _unreadable(path: Path, message: str, remedy: str = _COPY_AGAIN) -> DataError:
-    return DataError(message, path=path, remedy=remedy, code="unreadable")
-
-
-def _truncated(path: Path, message: str) -> DataError:
-    return DataError(message, path=path, remedy=_COPY_AGAIN, code="truncated")
+    return rounded.astype(np.int16 if fits_int16(rounded) else np.int64)
 
 
 def _rows(affine: np.ndarray | None) -> str:
     if affine is None:
         return "(not a rotation)"
     return "[" + "; ".join(" ".join(f"{value:g}" for value in row) for row in affine[:3]) + "]"
-
-
-def _gib(n: int) -> str:
-    return f"{n / 2**30:.1f} GiB" if n >= 2**28 else f"{n / 2**20:.1f} MiB"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -71,7 +71,8 @@ def read_label_map(path: Path, max_bytes: int = MAX_BYTES) -> Volume:
     Returns
     -------
     Volume
-        `array` of int16 (int64 where a value does not fit), values as in the file, not yet canonical.
+        `array` of uint8 where the file has that type, else int16 (int64 where a value does not fit), values as in the
+        file, not yet canonical.
 
     Raises
     ------

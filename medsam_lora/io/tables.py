@@ -24,6 +24,7 @@ MANIFEST_COLUMNS: Final = (
     "sha256",
 )
 FINDING_COLUMNS: Final = ("case_id", "file", "code", "severity", "detail", "remedy")
+VERIFIED_COLUMNS: Final = ("case_id", "file", "sha256", "dtype")
 BOX_COLUMNS: Final = ("case_id", "k", "i0", "j0", "i1", "j1")
 PER_CASE_COLUMNS: Final = (
     "case_id",

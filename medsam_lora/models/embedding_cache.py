@@ -1,15 +1,16 @@
-"""Image embeddings on disk, each computed once: for methods that leave the image encoder as it is.
+"""What the encoder computes before anything that is trained, on disk, each slice once: embeddings or activations.
 
 An entry is named by the hash of the slice it was computed from, so that there is nothing to keep in step: another crop,
 another normalisation or a mirrored slice is another entry (with `train.flip` a slice has two, never more), and methods
-that share base weights, input range and precision share the entries. Boxes have no part in it: a jittered or a second
-prompt of the same slice finds its embedding there.
+that share base weights, input range, precision and cache point (`cache_points`) share the entries. Boxes have no part
+in it: a jittered or a second prompt of the same slice finds its embedding there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,35 +20,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 # numpy has no bfloat16; the bits are stored as integers and the type in the file's name.
 _TYPES: Final = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 _NAMES: Final = {dtype: name for name, dtype in _TYPES.items()}
 
 
 class EmbeddingCache:
-    """A folder of embeddings.
+    """A folder of embeddings or activations.
 
     Parameters
     ----------
     folder : Path
         Made when the first entry is written. Several caches and processes may share it.
     identity : mapping of str to plain data
-        Everything besides the slice that an embedding depends on: base weights, input range, image size, precision.
+        Everything besides the slice that an entry depends on: base weights, cache point, input range, image size,
+        precision.
     max_bytes : int
-        No entry is added once the folder's entries of this identity would exceed it; those there are still used.
+        No entry is added once the folder's entries, those of other identities included, would exceed it; those there
+        are still used.
+    writers : int
+        Processes that share the room that is left.
 
     Attributes
     ----------
     hits, misses : int
         Slices found and not found so far.
+    full : bool
+        Whether an entry was left out for want of room.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], max_bytes: int) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], max_bytes: int, writers: int = 1) -> None:
         text = json.dumps(identity, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
-        self.max_bytes = max_bytes
+        self.bytes = sum(path.stat().st_size for path in folder.glob("*/*.npy"))
+        self.max_bytes = self.bytes + max(0, max_bytes - self.bytes) // writers
         self.hits = self.misses = 0
-        self.bytes = sum(path.stat().st_size for path in self.folder.glob("*.npy"))
+        self.full = False
+
+    @property
+    def gib(self) -> float:
+        """Size of all entries in the folder in GiB."""
+        return self.bytes / 2**30
 
     def keys(self, z: Tensor, present: Sequence[int]) -> list[str]:
         """The name of every slice's entry.
@@ -63,7 +78,7 @@ class EmbeddingCache:
         return [hashlib.sha256(head + one.contiguous().numpy().tobytes()).hexdigest()[:32] for one in z]
 
     def read(self, key: str) -> Tensor | None:
-        """The embedding (M, D, s, s) of a slice, or None where it is not there or cannot be read."""
+        """The entry of a slice, shape (M, ...), or None where it is not there or cannot be read."""
         for name, dtype in _TYPES.items():
             path = self.folder / f"{key}.{name}.npy"
             if path.is_file():
@@ -75,11 +90,19 @@ class EmbeddingCache:
                 return torch.from_numpy(np.array(array)).view(dtype)
         return None
 
-    def write(self, key: str, embedding: Tensor) -> None:
-        """Keep the embedding (M, D, s, s) of a slice, whole or not at all, where there is room."""
+    def write(self, key: str, entry: Tensor) -> None:
+        """Keep the entry of a slice, shape (M, ...), whole or not at all, where there is room."""
         self.misses += 1
-        bits = embedding.detach().cpu().contiguous()
+        bits = entry.detach().cpu().contiguous()
         if self.bytes + bits.nbytes > self.max_bytes:
+            if not self.full:
+                logger.warning(
+                    "the cache %s is full (%.1f GiB), so further slices are computed each time; delete it, or raise "
+                    "train.cache_gib",
+                    self.folder.parent,
+                    self.gib,
+                )
+            self.full = True
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{key}.{_NAMES[bits.dtype]}.npy"

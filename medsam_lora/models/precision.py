@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -21,19 +22,21 @@ def resolve_amp(amp: str, device: torch.device) -> str:
     Parameters
     ----------
     amp : str
-        ``none``, ``bf16``, ``fp16``, or ``auto``: bf16 where the hardware computes in it, else none.
+        ``none``, ``tf32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the hardware computes in it, else none.
     device : torch.device
 
     Returns
     -------
     str
-        ``none``, ``bf16`` or ``fp16``.
+        ``none``, ``tf32``, ``bf16`` or ``fp16``. ``tf32`` is none but on CUDA, as nothing else computes in it.
 
     Examples
     --------
     >>> resolve_amp("none", torch.device("cpu"))
     'none'
     """
+    if amp == "tf32":
+        return "tf32" if device.type == "cuda" else "none"
     if amp != "auto":
         return amp
     if device.type == "cuda":
@@ -52,6 +55,31 @@ def cpu_flags() -> frozenset[str]:
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
-    """The autocast context of an `amp` setting on a device (a null context for ``none``)."""
-    resolved = resolve_amp(amp, device)
-    return nullcontext() if resolved == "none" else torch.autocast(device.type, AMP_DTYPES[resolved])
+    """The autocast context of an `amp` setting on a device (a null context for ``none`` and ``tf32``)."""
+    dtype = AMP_DTYPES.get(resolve_amp(amp, device))
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def float32_products(device: torch.device, amp: str) -> Iterator[None]:
+    """Within this context float32 products on CUDA are formed in TF32 where `amp` says so, and else in float32.
+
+    By default torch multiplies matrices in float32 and convolves in TF32; here one setting means both. What was set
+    before is put back. TensorFloat-32 keeps 10 bits of the mantissa and adds up in float32 (NVIDIA A100 white paper).
+
+    Parameters
+    ----------
+    device : torch.device
+        On another device than CUDA nothing is changed.
+    amp : str
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = resolve_amp(amp, device) == "tf32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medsam_lora.models import cache_points
 from medsam_lora.models.embedding_cache import EmbeddingCache
 from medsam_lora.models.input_spec import InputSpec
 from medsam_lora.models.precision import resolve_amp
@@ -86,6 +87,7 @@ class Segmenter(nn.Module):
         self.regions = tuple(regions)
         self.regions_by_area = len(self.regions) > 1 and adaptation.report.count == 0
         self.cache: EmbeddingCache | None = None
+        self.cache_point = ""
 
     @property
     def device(self) -> torch.device:
@@ -103,23 +105,33 @@ class Segmenter(nn.Module):
         own = {token: index for index, token in enumerate(self.main_tokens)}
         return [own.get(token, 0) for token in range(N_TOKENS)]
 
-    def use_cache(self, folder: Path, max_bytes: int, amp: str) -> bool:
-        """Keep image embeddings in `folder` from now on, where the method leaves the image encoder as it is.
+    def use_cache(self, folder: Path, max_bytes: int, amp: str, *, fixed: str = "", writers: int = 1) -> bool:
+        """Keep what the image encoder computes before anything trained in `folder` from now on.
 
         Parameters
         ----------
         folder : Path
         max_bytes : int
+            Of all entries in the folder.
         amp : str
             Setting of the autocast that the forward passes run under: embeddings differ by it.
+        fixed : str
+            Digest of the adapter, where its weights will not change from now on: image embeddings are kept then,
+            whatever the method, under that digest, so that a second prompt finds them.
+        writers : int
+            Processes that share the room.
 
         Returns
         -------
         bool
-            False where the method changes the encoder; then nothing is cached.
+            False where there is no room, or the method changes the encoder from its beginning; then nothing is cached.
         """
-        if self.adaptation.report.cache_point != "embedding" or max_bytes <= 0:
+        point = self.adaptation.report.cache_point
+        if max_bytes <= 0 or not (point or fixed):
             return False
+        # A frozen encoder's embeddings are the same under every adapter.
+        own = {"adapter": fixed} if fixed and point != "embedding" else {}
+        self.cache_point = "embedding" if own else str(point)
         identity = {
             "base_sha256": self.sam.base_sha256,
             "model": self.sam.name,
@@ -127,24 +139,47 @@ class Segmenter(nn.Module):
             "input_spec": self.input_spec.to_json(),
             "amp": resolve_amp(amp, self.device),
             "device": self.device.type,
+            "cache_point": self.cache_point,
+            **own,
         }
-        self.cache = EmbeddingCache(folder, identity, max_bytes)
+        self.cache = EmbeddingCache(folder, identity, max_bytes, writers)
         return True
 
-    def _embeddings(self, z: Tensor, present: Sequence[int]) -> Tensor:
-        """`encode`, through the cache where there is one."""
+    def embed(self, z: Tensor, present: Sequence[int] | None = None) -> Tensor:
+        """`encode`, through the cache where there is one.
+
+        Parameters
+        ----------
+        z : Tensor of float32, shape (B, M, X, Y)
+        present : sequence of M int, optional
+            Which of the segmenter's modalities the channels of `z` are; all of them by default.
+
+        Returns
+        -------
+        Tensor, shape (B * M, D, s, s)
+        """
         if self.cache is None:
             return self.encode(z)
-        keys = self.cache.keys(z.cpu(), present)
+        keys = self.cache.keys(z.cpu(), list(range(z.shape[1]) if present is None else present))
         found = [self.cache.read(key) for key in keys]
-        missing = [b for b, embedding in enumerate(found) if embedding is None]
+        missing = [b for b, entry in enumerate(found) if entry is None]
         if missing:
             with torch.no_grad():
-                computed = self.encode(z[missing]).unflatten(0, (len(missing), z.shape[1]))
-            for b, embedding in zip(missing, computed, strict=True):
-                self.cache.write(keys[b], embedding)
-                found[b] = embedding
-        return torch.cat([embedding.to(z.device) for embedding in found if embedding is not None])
+                computed = self._until(z[missing]).unflatten(0, (len(missing), z.shape[1]))
+            for b, entry in zip(missing, computed, strict=True):
+                self.cache.write(keys[b], entry)
+                found[b] = entry
+        entries = torch.cat([entry.to(z.device) for entry in found if entry is not None])
+        return cache_points.onward(self.sam.image_encoder, entries, self.cache_point)
+
+    def _until(self, z: Tensor) -> Tensor:
+        """What is cached of slices: their embeddings, or activations in the encoder."""
+        if self.cache_point == "embedding":
+            return self.sam.encode(self._pixels(z))
+        return cache_points.until(self.sam.image_encoder, self._pixels(z), self.cache_point)
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        return to_model_frame(self.input_spec.to_pixels(z), self.sam.image_size)
 
     def encode(self, z: Tensor) -> Tensor:
         """Image embeddings of z-scored slices.
@@ -159,7 +194,15 @@ class Segmenter(nn.Module):
         Tensor, shape (B * M, D, s, s)
             Slice-major: image ``b * M + m`` is modality m of slice b.
         """
-        return self.sam.encode(to_model_frame(self.input_spec.to_pixels(z), self.sam.image_size))
+        point = self.adaptation.report.cache_point
+        if point is None:
+            return self.sam.encode(self._pixels(z))
+        # What no training changes runs without autograd, cached or not.
+        if point == "embedding":
+            with torch.no_grad():
+                return self.sam.encode(self._pixels(z))
+        encoder = self.sam.image_encoder
+        return cache_points.onward(encoder, cache_points.until(encoder, self._pixels(z), point), point)
 
     def forward(
         self,
@@ -196,19 +239,41 @@ class Segmenter(nn.Module):
             raise ValueError(
                 f"{n_slices} slices of {n_channels} channels need {n_expected} channels and one or more boxes each"
             )
+        return self.decode(self.embed(z, present), boxes, (shape[0], shape[1]), present, tokens)
+
+    def decode(
+        self,
+        embedding: Tensor,
+        boxes: Sequence[np.ndarray],
+        shape: tuple[int, int],
+        present: Sequence[int] | None = None,
+        tokens: Sequence[int] | None = None,
+    ) -> SegmenterOutput:
+        """Fused logits from embeddings that are there: `forward` without the image encoder.
+
+        Parameters
+        ----------
+        embedding : Tensor of float, shape (B * M, D, s, s)
+            From `embed`, in evaluation mode as good for a second prompt as for the first.
+        boxes : sequence of B ndarrays of float, shape (n_b, 4)
+            As `forward` takes them.
+        shape : tuple of int, (X, Y)
+            Of the slices, on the crop grid.
+        present, tokens
+            As `forward` takes them.
+        """
+        n_slices, n_channels = len(boxes), len(embedding) // len(boxes)
         by_area = self.regions_by_area and tokens is None
         tokens = list(self.main_tokens if tokens is None else tokens)
-        scale, _ = model_scale((shape[0], shape[1]), self.sam.image_size)
+        scale, _ = model_scale(shape, self.sam.image_size)
         boxes_model = np.concatenate([to_model(np.asarray(b), scale) for b in boxes for _ in range(n_channels)])
         counts = [len(b) for b in boxes for _ in range(n_channels)]
         logits, iou = self.sam.decode(
-            self._embeddings(z, range(n_channels) if present is None else present),
-            torch.as_tensor(boxes_model, dtype=torch.float32, device=z.device),
-            counts,
+            embedding, torch.as_tensor(boxes_model, dtype=torch.float32, device=embedding.device), counts
         )
         logits = _over_boxes(logits[:, tokens], counts, "max").unflatten(0, (n_slices, n_channels))
         iou = _over_boxes(iou[:, tokens], counts, "mean").unflatten(0, (n_slices, n_channels)).mean(dim=1)
-        fused = to_native_frame(self.fusion(logits, present), self.sam.image_size, (shape[0], shape[1]))
+        fused = to_native_frame(self.fusion(logits, present), self.sam.image_size, shape)
         if by_area:
             order = (fused > 0).sum(dim=(-2, -1)).argsort(dim=1, descending=True, stable=True)
             fused = torch.take_along_dim(fused, order[:, :, None, None], dim=1)

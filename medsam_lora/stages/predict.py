@@ -107,7 +107,8 @@ def predict(
     given = None if boxes is None else read_box_table(boxes)
     segmenter, metadata = load_segmenter(adapter, config.model.weights, target)
     folder = out.parent / CACHE_FOLDER if cache is None else cache
-    segmenter.use_cache(folder, int(config.train.cache_gib * 2**30), config.predict.amp)
+    fixed = sha256_of(adapter) if config.predict.keep_embeddings else ""
+    segmenter.use_cache(folder, int(config.train.cache_gib * 2**30), config.predict.amp, fixed=fixed)
     task = Task(
         segmenter,
         PreparePlan.from_json(metadata["plan"]),

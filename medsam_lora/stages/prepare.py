@@ -6,29 +6,25 @@ and what is there already from the same files is left alone.
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
 import json
 import logging
-import multiprocessing
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from medsam_lora.config import Config
-from medsam_lora.errors import DataError, MedsamLoraError, PreparedError
-from medsam_lora.io.case import read_case
+from medsam_lora.errors import DataError, PreparedError
 from medsam_lora.io.manifest import read_manifest
+from medsam_lora.io.partial import VERIFIED_FILE, Verified, read_verified
 from medsam_lora.io.store import PREPARE_COLUMNS, TABLE_FILE, open_case, read_index, update_index, write_case
 from medsam_lora.io.tables import FINDING_COLUMNS, write_table
 from medsam_lora.labels import REGIONS
-from medsam_lora.progress import track
-from medsam_lora.records import CaseRecord, CaseVolumes, Finding, PreparedSlices, StageOutcome
+from medsam_lora.models.allocator import keep_freed_memory
+from medsam_lora.records import CaseRecord, Finding, PreparedSlices, StageOutcome
+from medsam_lora.stages.prepare_jobs import Job, each
 from medsam_lora.stages.record import write_json
 from medsam_lora.transforms.cropping import BrainBox, CropPlan, crop_window, union_box
 from medsam_lora.transforms.slicing import SlicingPlan
@@ -36,28 +32,15 @@ from medsam_lora.transforms.stages import PreparePlan, case_brain_box, prepare_c
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One case to be worked on, with all that a worker process needs."""
-
-    record: CaseRecord
-    root: Path
-    plan: PreparePlan
-    store: Path
-    max_bytes: int
-
-    def read(self) -> CaseVolumes:
-        """The case's volumes on the native grid."""
-        return read_case(
-            self.record, self.root, self.plan.modalities, max_bytes=self.max_bytes, nonfinite=self.plan.nonfinite
-        )
-
 
 def prepare(
-    manifest: Path, root: Path | None, out: Path, config: Config, *, workers: int = 1
+    manifest: Path,
+    root: Path | None,
+    out: Path,
+    config: Config,
+    *,
+    workers: int = 1,
+    verified: Path | None = None,
 ) -> tuple[Path, StageOutcome]:
     """Prepare the cases of a manifest.
 
@@ -72,6 +55,9 @@ def prepare(
         Its sections `data`, `slicing`, `crop` and `intensity` hold, and ``train.regions``.
     workers : int
         Processes.
+    verified : Path, optional
+        What `verify` noted of the files, ``verified.csv`` beside the manifest by default; without it every file is read
+        to its end.
 
     Returns
     -------
@@ -88,6 +74,7 @@ def prepare(
     DataError
         Where no case could be read to fit the crop.
     """
+    keep_freed_memory()
     records = read_manifest(manifest)
     root = manifest.parent if root is None else root
     plan = plan_from_config(config, records)
@@ -105,8 +92,13 @@ def prepare(
         slices = None if record.case_id in failed else _current(store / record.case_id, record)
         if slices is not None:
             rows[record.case_id] = _row(slices, "skipped")
-    jobs = [Job(r, root, plan, store, max_bytes) for r in records if r.case_id not in failed and r.case_id not in rows]
-    for job, result in _each(_prepare_one, jobs, workers, "prepare"):
+    known = read_verified(manifest.with_name(VERIFIED_FILE) if verified is None else verified)
+    jobs = [
+        Job(record, root, plan, store, max_bytes, _of_case(known, record))
+        for record in records
+        if record.case_id not in failed and record.case_id not in rows
+    ]
+    for job, result in each(prepare_one, jobs, workers, "prepare"):
         if isinstance(result, Finding):
             failed[job.record.case_id] = result
         else:
@@ -151,7 +143,7 @@ def _fit(jobs: Sequence[Job], workers: int) -> tuple[BrainBox, dict[str, Finding
     """The brain box over some cases; each case is measured once for as long as its files stay the same."""
     boxes = {job.record.case_id: box for job in jobs if (box := _known_box(job)) is not None}
     failed = {}
-    for job, result in _each(_box_of, [j for j in jobs if j.record.case_id not in boxes], workers, "fit the crop"):
+    for job, result in each(_box_of, [j for j in jobs if j.record.case_id not in boxes], workers, "fit the crop"):
         if isinstance(result, Finding):
             failed[job.record.case_id] = result
         else:
@@ -188,14 +180,19 @@ def _box_of(job: Job) -> BrainBox:
     return box
 
 
-def _prepare_one(job: Job) -> dict[str, Any]:
+def prepare_one(job: Job) -> dict[str, Any]:
     """Prepare one case; gives its row of ``prepare.csv``."""
     started = time.perf_counter()
     record = job.record
-    slices = prepare_case(job.read(), job.plan)
+    slices = prepare_case(job.read_chosen(), job.plan)
     source = {"source_sha256": record.sha256, "label_convention": record.label_convention}
     write_case(job.store / record.case_id, slices, {**source, "fingerprint": job.plan.fingerprint()})
     return _row(slices, "done", round(time.perf_counter() - started, 3))
+
+
+def _of_case(known: Verified, record: CaseRecord) -> Verified:
+    places = [(record.case_id, file) for file in record.files.values()]
+    return {place: known[place] for place in places if place in known}
 
 
 def _row(slices: PreparedSlices, status: str, seconds: float | None = None) -> dict[str, Any]:
@@ -236,55 +233,6 @@ def _report(
     write_table(store / "failures.csv", FINDING_COLUMNS, [vars(finding) for finding in outcome.failed])
     write_table(store / TABLE_FILE, PREPARE_COLUMNS, [rows[record.case_id] for record in records])
     return outcome
-
-
-def _each(
-    work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, description: str
-) -> Iterator[tuple[Job, Result | Finding]]:
-    """Do some work on every case, in processes where more than one is asked for; failures come back as findings."""
-    guarded = partial(_guarded, work)
-    if workers <= 1 or len(jobs) <= 1:
-        yield from track(((job, guarded(job)) for job in jobs), description, len(jobs))
-        return
-    # Spawned, not forked: the parent may hold a model and its threads.
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(jobs)), multiprocessing.get_context("spawn"), initializer=_leave_interrupts_to_the_parent
-    )
-    try:
-        futures = {pool.submit(guarded, job): job for job in jobs}
-        for future in track(concurrent.futures.as_completed(futures), description, len(jobs)):
-            try:
-                yield futures[future], future.result()
-            except BrokenProcessPool:
-                yield futures[future], _finding(futures[future], "a worker process died", _FEWER_WORKERS, "worker_died")
-    finally:
-        # On Ctrl-C the cases begun are finished, the others not begun.
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_FEWER_WORKERS = "Free memory and disk space, or run with fewer --workers; what is done is kept."
-
-
-def _guarded(work: Callable[[Job], Result], job: Job) -> Result | Finding:
-    try:
-        return work(job)
-    except MedsamLoraError as error:
-        finding = _finding(job, error.message, error.remedy or "", error.code or "prepare_failed", error.path)
-    except (OSError, MemoryError) as error:
-        finding = _finding(job, f"{type(error).__name__}: {error}", _FEWER_WORKERS, "prepare_failed")
-    logger.error("case %s: %s. %s", finding.case_id, finding.detail, finding.remedy)
-    return finding
-
-
-def _finding(job: Job, detail: str, remedy: str, code: str, path: Path | None = None) -> Finding:
-    file = "" if path is None else str(path)
-    if path is not None and path.is_relative_to(job.root):
-        file = str(path.relative_to(job.root))
-    return Finding(job.record.case_id, file, code, "error", detail, remedy)
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _crop_summary(crop: CropPlan) -> dict[str, Any]:

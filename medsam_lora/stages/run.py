@@ -14,6 +14,7 @@ from typing import Any
 from medsam_lora.errors import ManifestError, PreparedError
 from medsam_lora.io.files import sha256_of
 from medsam_lora.io.manifest import read_manifest, write_manifest
+from medsam_lora.io.partial import VERIFIED_FILE
 from medsam_lora.io.tables import FINDING_COLUMNS, write_table
 from medsam_lora.stages.cohort import choose_cases, find_cohort
 from medsam_lora.stages.pipeline import STAGES, Method, Pipeline, load_pipeline
@@ -191,7 +192,14 @@ def _prepare(place: Workplace) -> dict[tuple[str, str], Path]:
         key = config.model_dump_json(include=sections) + ",".join(config.train.regions)
         for fold, manifest in place.fold_manifests():
             if key + fold not in made:
-                store, outcome = prepare(manifest, place.root, place.out / "prepared", config, workers=place.workers)
+                store, outcome = prepare(
+                    manifest,
+                    place.root,
+                    place.out / "prepared",
+                    config,
+                    workers=place.workers,
+                    verified=place.out / VERIFIED_FILE,
+                )
                 place.failures += outcome.failed
                 bad = {f.case_id for f in outcome.failed}
                 if bad:
@@ -233,7 +241,7 @@ def _train(place: Workplace, method: Method, folder: Path, manifest: Path, store
 
     inputs = {
         "config": method.config.model_dump(
-            mode="json", exclude={"predict": True, "evaluate": True, "train": {"cache_gib"}}
+            mode="json", exclude={"predict": True, "evaluate": True, "train": {"cache_gib", "processes"}}
         ),
         "store": store.name,
         "manifest": sha256_of(manifest),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from medsam_lora.config import Config, dump_config
-from medsam_lora.errors import TrainingError
+from medsam_lora.errors import ConfigError, TrainingError
 from medsam_lora.inference import postprocess
 from medsam_lora.inference.predictor import PredictOptions, validate_case
 from medsam_lora.io.files import write_bytes_atomically
@@ -30,8 +30,10 @@ from medsam_lora.records import PreparedSlices
 from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.stages.training_cases import check_cases, find_store, first_slices, split_cases
 from medsam_lora.training.dataset import PromptOptions, SliceDataset
+from medsam_lora.training.distributed import Group, joined, launch, under_torchrun
 from medsam_lora.training.guards import peak_memory_mib
-from medsam_lora.training.loop import LOG_COLUMNS, Trainer
+from medsam_lora.training.log import LOG_COLUMNS
+from medsam_lora.training.loop import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +79,45 @@ def train(
     TrainingError
         Among others where the adapter read back from disk does not reproduce the validation Dice.
     """
-    started = time.perf_counter()
-    keep_freed_memory()
     method_spec(config.method.name)
+    if config.train.processes == 1 or under_torchrun():
+        return _train(manifest, prepared, run, config, device, resume, cache)
+    if device == "auto" and torch.cuda.is_available() and torch.cuda.device_count() < config.train.processes:
+        raise ConfigError(
+            f"train.processes is {config.train.processes}, and there are {torch.cuda.device_count()} GPUs",
+            remedy="Lower train.processes, or use --device cpu.",
+        )
+    arguments = {"manifest": manifest, "prepared": prepared, "run": run, "config": config, "device": device}
+    launch(_train, config.train.processes, arguments | {"resume": resume, "cache": cache})
+    return json.loads((run / "run.json").read_text(encoding="utf-8"))
+
+
+def _train(
+    manifest: Path | None,
+    prepared: Path,
+    run: Path,
+    config: Config,
+    device: str,
+    resume: bool,
+    cache: Path | None,
+) -> dict[str, Any]:
+    keep_freed_memory()
+    with joined(device) as (group, own_device):
+        return _train_as(group, manifest, prepared, run, config, own_device, resume, cache)
+
+
+def _train_as(
+    group: Group,
+    manifest: Path | None,
+    prepared: Path,
+    run: Path,
+    config: Config,
+    device: str,
+    resume: bool,
+    cache: Path | None,
+) -> dict[str, Any]:
+    """Train as one of the processes of a group, the main one of which writes; the others give an empty record."""
+    started = time.perf_counter()
     store = find_store(prepared)
     training, validation = split_cases(store, manifest)
     target = choose_device(device)
@@ -90,7 +128,7 @@ def train(
         config.model, config.method, config.fusion, modalities, config.train.regions, seed, target
     )
     cached = segmenter.use_cache(
-        run.parent / CACHE_FOLDER if cache is None else cache, _bytes(config), config.train.amp
+        run.parent / CACHE_FOLDER if cache is None else cache, _bytes(config), config.train.amp, writers=group.size
     )
     notice = MODELS[config.model.name].notice
     if notice is not None:
@@ -106,11 +144,14 @@ def train(
     metadata = adapter_metadata(segmenter, config.model, config.method, config.fusion, seed)
     metadata["plan"] = json.loads((store / "plan.json").read_text())
     metadata["prompts"] = {"kind": prompts.kind, "min_voxels": prompts.min_voxels}
-    run.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomically(run / "config.yaml", dump_config(config).encode())
+    if group.is_main:
+        run.mkdir(parents=True, exist_ok=True)
+        write_bytes_atomically(run / "config.yaml", dump_config(config).encode())
     rows: list[dict[str, Any]] = []
     if segmenter.trainable_groups():
-        rows = _fit(segmenter, training, validation, prompts, run, config, resume)
+        rows = _fit(group, segmenter, training, validation, prompts, run, config, resume)
+    if not group.is_main:
+        return {}
     write_table(run / "log.csv", LOG_COLUMNS, rows)
     if config.train.postprocess == "fitted":
         predicting = PredictOptions(config.predict.batch_size, config.predict.amp, config.predict.threshold)
@@ -137,11 +178,28 @@ def train(
         "prompt_source": REFERENCE_BOX,
         "regions": list(segmenter.regions),
         "postprocess": postprocess.describe(postprocess.from_json(metadata.get("postprocess", {}))),
+        "processes": group.size,
         "cached_embeddings": cached,
+        "cache": _cache_record(segmenter, config),
         "reload_check": check,
     }
     write_json(run / "run.json", record)
     return record
+
+
+def _cache_record(segmenter: Segmenter, config: Config) -> dict[str, Any] | None:
+    """What is cached, in how many variants of each slice, and how much room it took."""
+    if segmenter.cache is None:
+        return None
+    cache = segmenter.cache
+    return {
+        "point": segmenter.cache_point,
+        "variants_per_slice": 2 if config.train.flip else 1,
+        "hits": cache.hits,
+        "misses": cache.misses,
+        "gib": cache.gib,
+        "max_gib": config.train.cache_gib,
+    }
 
 
 def _bytes(config: Config) -> int:
@@ -149,6 +207,7 @@ def _bytes(config: Config) -> int:
 
 
 def _fit(
+    group: Group,
     segmenter: Segmenter,
     training: Sequence[PreparedSlices],
     validation: Sequence[PreparedSlices],
@@ -163,14 +222,16 @@ def _fit(
         options = options.model_copy(update={"select": "last", "patience": None})
     dataset = SliceDataset(training, segmenter.regions, prompts, segmenter.sam.image_size)
     identity = _identity(config, training, validation, segmenter)
-    trainer = Trainer(segmenter, dataset, validation, options, run / STATE_FILE, identity)
+    trainer = Trainer(segmenter, dataset, validation, options, run / STATE_FILE, identity, group)
     if resume:
         trainer.resume()
     rows: list[dict[str, Any]] = list(trainer.progress.rows)
-    events = _tensorboard(run) if options.tensorboard else None
+    events = _tensorboard(run) if options.tensorboard and group.is_main else None
 
     def note(row: dict[str, Any]) -> None:
         rows.append(row)
+        if not group.is_main:
+            return
         write_table(run / "log.csv", LOG_COLUMNS, rows)
         logger.info("%s", _one_line(row, options.epochs))
         if events is not None:
@@ -191,7 +252,8 @@ def _identity(
     settings = config.model_dump(mode="json")
     for irrelevant in ("predict", "evaluate"):
         settings.pop(irrelevant)
-    settings["train"].pop("cache_gib")
+    for irrelevant in ("cache_gib", "processes"):
+        settings["train"].pop(irrelevant)
     facts = {
         "settings": settings,
         "train": [[case.case_id, list(case.ks)] for case in training],
@@ -211,7 +273,7 @@ def _check_reloaded(
     options = PredictOptions(config.train.batch_size, config.train.amp)
     reloaded, _ = load_segmenter(run / ADAPTER_FILE, config.model.weights, device)
     # Embeddings computed in another batch differ in their last bits, which is not what is asked here.
-    reloaded.cache = segmenter.cache
+    reloaded.cache, reloaded.cache_point = segmenter.cache, segmenter.cache_point
     prompt = config.prompt
     pairs = [
         tuple(

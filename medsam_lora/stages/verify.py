@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +19,9 @@ from medsam_lora.io.examine import MAX_BYTES
 from medsam_lora.io.files import sha256_of
 from medsam_lora.io.findings import finding
 from medsam_lora.io.manifest import case_path, parse_manifest, table_findings
+from medsam_lora.io.partial import VERIFIED_FILE, VerifiedFile, write_verified
 from medsam_lora.io.tables import FINDING_COLUMNS, write_table
+from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.progress import track
 from medsam_lora.records import CaseRecord, Finding
 
@@ -50,11 +52,14 @@ class Checked:
         Key of a file to its SHA-256, for the files that are there.
     blank : frozenset of str
         Keys of the files that hold only zeros.
+    dtypes : mapping of str to str
+        Key of a file to the type that its voxels are held in, for the files that could be read.
     """
 
     findings: tuple[Finding, ...]
     digests: dict[str, str]
     blank: frozenset[str] = frozenset()
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
 
 def verify(
@@ -74,7 +79,8 @@ def verify(
     root : Path, optional
         Data root; by default the manifest's folder.
     out : Path, optional
-        Where to write the findings as CSV, its header alone where there are none.
+        Where to write the findings as CSV, its header alone where there are none; beside it ``verified.csv`` notes the
+        SHA-256 of the files of faultless cases, which `prepare` then need not read to their ends.
     workers : int, optional
         Processes; None is one per CPU core. The findings do not depend on it.
     max_bytes : int
@@ -92,6 +98,7 @@ def verify(
     ManifestError
         Where the manifest cannot be read as a table (all bad lines are named), or there is no data root.
     """
+    keep_freed_memory()
     records = [record for _, record in parse_manifest(manifest)]
     base = manifest.parent if root is None else root
     if not base.is_dir():
@@ -105,6 +112,7 @@ def verify(
     found.sort(key=lambda f: (f.case_id, f.file, f.code, f.detail))
     if out is not None:
         write_table(out, FINDING_COLUMNS, [vars(f) for f in found])
+        write_verified(out.with_name(VERIFIED_FILE), _verified(records, results))
     return found
 
 
@@ -115,10 +123,21 @@ def check(job: Job) -> Checked:
         digests = _digests(job)
         case = check_case(record, job.root, max_bytes=job.max_bytes, nonfinite=job.nonfinite)
         findings = [*case.findings, *_changed(record, digests)]
-        return Checked(tuple(findings), digests, frozenset(case.blank))
+        dtypes = {key: str(volume.array.dtype) for key, volume in case.volumes.items()}
+        return Checked(tuple(findings), digests, frozenset(case.blank), dtypes)
     except Exception as error:  # one case must not stop the others, and is reported
         _log.debug("case %s", record.case_id, exc_info=True)
         return _failed(job, f"{type(error).__name__}: {error}")
+
+
+def _verified(records: Sequence[CaseRecord], results: Sequence[Checked]) -> Iterator[tuple[str, str, VerifiedFile]]:
+    """The files of the cases that read whole and without an error, or voxels that are not numbers."""
+    for record, result in zip(records, results, strict=True):
+        if any(f.severity == "error" or f.code == "nonfinite" for f in result.findings):
+            continue
+        for key, file in record.files.items():
+            if key in result.digests and key in result.dtypes:
+                yield record.case_id, file, VerifiedFile(result.digests[key], result.dtypes[key])
 
 
 def _checked(jobs: Sequence[Job], workers: int | None) -> Iterator[Checked]:
@@ -149,7 +168,7 @@ def in_processes(function: Callable[[J], R], jobs: Sequence[J], workers: int) ->
     """
     # Processes are spawned, not forked: a fork copies locks that threads of the parent may hold.
     context = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=keep_freed_memory) as pool:
         futures = _submitted(pool, function, jobs)
         for job, future in zip(jobs, futures, strict=True):
             try:
@@ -157,7 +176,7 @@ def in_processes(function: Callable[[J], R], jobs: Sequence[J], workers: int) ->
                     raise BrokenProcessPool
                 yield future.result()
             except BrokenProcessPool:
-                with ProcessPoolExecutor(1, mp_context=context) as alone:
+                with ProcessPoolExecutor(1, mp_context=context, initializer=keep_freed_memory) as alone:
                     try:
                         yield alone.submit(function, job).result()
                     except BrokenProcessPool:

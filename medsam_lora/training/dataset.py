@@ -1,12 +1,13 @@
 """Slices of the prepared store as training samples, each a pure function of (seed, epoch, index).
 
 No global random state and no worker order enters a sample, so that a resumed run sees what the uninterrupted one
-would have seen. Voxels stay memory-mapped; a slice is z-scored when it is asked for.
+would have seen. Voxels stay memory-mapped and raw: they travel to the device as int16, and are z-scored there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,24 +47,65 @@ class Sample:
 
     Parameters
     ----------
-    z : ndarray of float32, shape (M, X, Y)
+    raw : ndarray of int16 or float32, shape (M, X, Y)
+        Voxels as in the file.
+    mean, std : ndarray of float, shape (M,)
+    voxels : str
+        A key of `transforms.NORMALISATIONS`.
     masks : ndarray of bool, shape (R, X, Y)
     boxes : ndarray of float32, shape (n, 4)
         (i0, j0, i1, j1) on voxel edges of the crop grid.
     """
 
-    z: np.ndarray
+    raw: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    voxels: str
     masks: np.ndarray
     boxes: np.ndarray
+
+    @property
+    def z(self) -> np.ndarray:
+        """The slice z-scored, float32, shape (M, X, Y)."""
+        return zscore(self.raw, self.mean, self.std, self.voxels)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one size: `z` (B, M, X, Y), `masks` (B, R, X, Y) bool, and B arrays of boxes."""
+    """Samples of one size.
 
-    z: Tensor
+    Parameters
+    ----------
+    raw : Tensor of int16 or float32, shape (B, M, X, Y)
+    mean, std : Tensor of float32, shape (B, M)
+    voxels : str
+    masks : Tensor of bool, shape (B, R, X, Y)
+    boxes : list of B ndarrays of float32, shape (n, 4)
+    """
+
+    raw: Tensor
+    mean: Tensor
+    std: Tensor
+    voxels: str
     masks: Tensor
     boxes: list[np.ndarray]
+
+    @property
+    def z(self) -> Tensor:
+        """The slices z-scored where they are, float32, shape (B, M, X, Y)."""
+        return zscore(self.raw, self.mean, self.std, self.voxels)
+
+    def pinned(self) -> Batch:
+        """The batch in page-locked memory, from which a GPU copies while it computes."""
+        return self._each(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; from pinned memory without waiting for it."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        raw, mean, std, masks = (move(tensor) for tensor in (self.raw, self.mean, self.std, self.masks))
+        return dataclasses.replace(self, raw=raw, mean=mean, std=std, masks=masks)
 
 
 class SliceDataset:
@@ -130,7 +172,7 @@ class SliceDataset:
         c, n = self.index[item]
         case = self.cases[c]
         assert case.label is not None
-        z = zscore(np.asarray(case.image[n]), case.mean[n], case.std[n], case.voxels)
+        raw = np.asarray(case.image[n])
         label = np.asarray(case.label[n])
         masks = np.stack([region_mask(label, region) for region in self.regions])
         boxes = self._boxes(case.label[self.box_slice[item]])
@@ -140,14 +182,17 @@ class SliceDataset:
                 scale, _ = model_scale(shape, self.image_size)
                 boxes = jitter(boxes, self.prompts.jitter_px, scale, shape, generator)
             if flip:
-                z, masks, boxes = random_flip(z, masks, boxes, generator)
-        return Sample(z, masks, boxes)
+                raw, masks, boxes = random_flip(raw, masks, boxes, generator)
+        return Sample(raw, case.mean[n], case.std[n], case.voxels, masks, boxes)
 
     def batch(self, items: Sequence[int], seeds: Sequence[int] | None = None, flip: bool = False) -> Batch:
         """Collate items of one size; `seeds` (such as seed and epoch) make each sample's generator."""
         samples = [self.sample(i, None if seeds is None else np.random.default_rng([*seeds, i]), flip) for i in items]
         return Batch(
-            torch.from_numpy(np.stack([s.z for s in samples])),
+            torch.from_numpy(np.stack([s.raw for s in samples])),
+            torch.tensor(np.stack([s.mean for s in samples]), dtype=torch.float32),
+            torch.tensor(np.stack([s.std for s in samples]), dtype=torch.float32),
+            samples[0].voxels,
             torch.from_numpy(np.stack([s.masks for s in samples])),
             [s.boxes for s in samples],
         )

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,37 +22,21 @@ from torch import nn
 from medsam_lora.config import TrainConfig
 from medsam_lora.errors import TrainingError
 from medsam_lora.inference.predictor import PredictOptions, validate_case
-from medsam_lora.models.precision import autocast, resolve_amp
+from medsam_lora.models.precision import autocast, float32_products, resolve_amp
 from medsam_lora.models.segmenter import N_TOKENS, Segmenter
 from medsam_lora.progress import track
 from medsam_lora.records import PreparedSlices
-from medsam_lora.training.dataset import SliceDataset, epoch_order, plan_batches
+from medsam_lora.training.dataset import Batch, SliceDataset, epoch_order, plan_batches
+from medsam_lora.training.distributed import Group
 from medsam_lora.training.early_stopping import EarlyStopping
-from medsam_lora.training.guards import deterministic, graceful_interrupt, peak_memory_mib
+from medsam_lora.training.guards import deterministic, graceful_interrupt
+from medsam_lora.training.log import train_row
 from medsam_lora.training.losses import LossWeights, hard_iou, segmentation_loss
 from medsam_lora.training.optimiser import build_optimiser, schedule_factor
+from medsam_lora.training.prefetch import prefetched
 from medsam_lora.training.state import load_state, save_state
 
 logger = logging.getLogger(__name__)
-
-LOG_COLUMNS = (
-    "epoch",
-    "loss",
-    "loss_dice",
-    "loss_bce",
-    "loss_focal",
-    "loss_iou",
-    "train_dice",
-    "train_area_ratio",
-    "val_dice",
-    "val_area_ratio",
-    "lr_encoder",
-    "lr_decoder",
-    "grad_norm",
-    "images_per_s",
-    "peak_memory_mib",
-    "duration_s",
-)
 
 ALL_TOKENS = tuple(range(N_TOKENS))
 
@@ -96,6 +81,8 @@ class Trainer:
     state_path : Path
     identity : str
         Hash of everything that must be equal for a state to be resumed (configuration, data, base weights).
+    group : Group, optional
+        The processes that share every batch; this one alone by default.
     """
 
     def __init__(
@@ -106,8 +93,11 @@ class Trainer:
         options: TrainConfig,
         state_path: Path,
         identity: str,
+        group: Group | None = None,
     ) -> None:
         self.segmenter = segmenter
+        self.group = Group() if group is None else group
+        self.called = self.group.wrapped(segmenter, segmenter.device)
         self.dataset = dataset
         self.validation = list(validation)
         self.options = options
@@ -146,7 +136,8 @@ class Trainer:
         TrainingError
             Where the loss is not finite.
         """
-        with deterministic(), graceful_interrupt() as interrupted:
+        device = self.segmenter.device
+        with deterministic(), float32_products(device, self.options.amp), graceful_interrupt() as interrupted:
             if self.progress.epoch == 1 and self.progress.position == 0 and not self.progress.rows:
                 self._finish_epoch(0, time.perf_counter(), on_epoch)
             while self.progress.epoch <= self.options.epochs:
@@ -169,49 +160,70 @@ class Trainer:
         batches = plan_batches(order, [self.dataset.shape(i) for i in order], options.batch_size)
         self.segmenter.train()
         steps = range(progress.position, len(batches), options.accumulation)
+        loaded = prefetched(self._load, batches[progress.position :])
         for first in track(steps, f"epoch {progress.epoch}/{options.epochs}"):
             group = batches[first : first + options.accumulation]
             self._set_rates(progress.epoch, first // options.accumulation)
             self.optimiser.zero_grad(set_to_none=True)
             n_slices = sum(len(b) for b in group)
             for offset, items in enumerate(group):
-                self._forward_backward(items, len(items) / n_slices, first + offset)
+                last = offset == len(group) - 1
+                with nullcontext() if last else self.group.unsynchronised(self.called):
+                    self._forward_backward(next(loaded), len(items), n_slices, first + offset)
             self._update()
             progress.position += len(group)
             # Only between updates, so that accumulated gradients need not be saved.
-            if interrupted():
+            if self.group.any(interrupted()):
                 self._save()
                 raise Interrupted(f"stopped in epoch {progress.epoch}; its state is saved in {self.state_path}")
 
-    def _forward_backward(self, items: list[int], share: float, position: int) -> None:
+    def _load(self, items: list[int]) -> tuple[Batch, int]:
+        """The part of this process of a batch, and how many of its slices count: of a batch too small for all, none."""
+        own = self.group.share(items)
+        # A process without a slice of its own must take part all the same, or the others would wait for it.
+        batch = self.dataset.batch(own or items[:1], (self.options.seed, self.progress.epoch), self.options.flip)
+        return batch.pinned() if self.segmenter.device.type == "cuda" else batch, len(own)
+
+    def _forward_backward(self, loaded: tuple[Batch, int], n_batch: int, n_slices: int, position: int) -> None:
         options, device = self.options, self.segmenter.device
-        batch = self.dataset.batch(items, (options.seed, self.progress.epoch), options.flip)
+        batch, n = loaded
+        batch = batch.to(device)
         # Dropout alone draws from torch's global generator: give it one of its own and put the old one back.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(_draw_seed(options.seed, self.progress.epoch, position))
+            torch.manual_seed(_draw_seed(options.seed, self.progress.epoch, position, *self._own_draw()))
             with autocast(device, options.amp):
-                output = self.segmenter(batch.z.to(device, non_blocking=True), batch.boxes, tokens=ALL_TOKENS)
-        target = batch.masks[:, self.segmenter.token_regions].to(device)
+                output = self.called(batch.z, batch.boxes, tokens=ALL_TOKENS)
+        target = batch.masks[:, self.segmenter.token_regions]
         terms = segmentation_loss(output.logits, output.iou, target, self.segmenter.main_tokens, self.weights)
         if not torch.isfinite(terms.total):
             raise TrainingError(
                 f"the loss is {terms.total.item()} in epoch {self.progress.epoch}",
                 remedy="Lower train.lr, or train in train.amp=none or bf16.",
             )
-        self.scaler.scale(terms.total * share).backward()
+        # The mean over the slices of the update; the processes' gradients are averaged, not added.
+        self.scaler.scale(terms.total * (n * self.group.size / n_slices)).backward()
         with torch.no_grad():
             main = output.logits[:, self.segmenter.main_tokens]
             reference = target[:, self.segmenter.main_tokens].float()
             iou = hard_iou(main, reference)
-            self._add("loss", terms.total.item() * len(items))
-            self._add("loss_dice", terms.dice.item() * len(items))
-            self._add("loss_bce", terms.bce.item() * len(items))
-            self._add("loss_focal", terms.focal.item() * len(items))
-            self._add("loss_iou", terms.iou.item() * len(items))
-            self._add("train_dice", (2 * iou / (1 + iou)).mean(dim=1).sum().item())
-            self._add("predicted_voxels", (main > 0).sum().item())
-            self._add("reference_voxels", reference.sum().item())
-            self._add("slices", len(items))
+            sums = {
+                "loss": terms.total.item() * n,
+                "loss_dice": terms.dice.item() * n,
+                "loss_bce": terms.bce.item() * n,
+                "loss_focal": terms.focal.item() * n,
+                "loss_iou": terms.iou.item() * n,
+                "train_dice": (2 * iou / (1 + iou)).mean(dim=1).sum().item(),
+                "predicted_voxels": (main > 0).sum().item(),
+                "reference_voxels": reference.sum().item(),
+            }
+        everyone = self.group.total(sums if n else dict.fromkeys(sums, 0.0))
+        for name, value in everyone.items():
+            self._add(name, value)
+        self._add("slices", n_batch)
+
+    def _own_draw(self) -> tuple[int, ...]:
+        # Processes drop out differently, one alone as ever.
+        return (self.group.rank,) if self.group.size > 1 else ()
 
     def _update(self) -> None:
         self.scaler.unscale_(self.optimiser)
@@ -231,10 +243,13 @@ class Trainer:
     # ---------------------------------------------------------------- log
     def _finish_epoch(self, epoch: int, started: float, on_epoch: Callable[[dict[str, Any]], None] | None) -> None:
         duration = time.perf_counter() - started
-        row = self._train_row(epoch, duration) if epoch else {"epoch": 0}
+        row = train_row(epoch, self.progress.sums, self.optimiser, self.segmenter, duration) if epoch else {"epoch": 0}
         due = epoch % self.options.validate_every == 0 or epoch == self.options.epochs
         if self.validation and due:
-            scores = [self._validate(case) for case in self.validation]
+            # Whole cases to one process; all processes know every score, and so choose and stop alike.
+            own = [(n, self._validate(self.validation[n])) for n in self.group.share(range(len(self.validation)))]
+            known = {n: score for part in self.group.gathered(own) for n, score in part}
+            scores = [known[n] for n in sorted(known)]
             row["val_dice"] = sum(s.dice for s in scores) / len(scores)
             row["val_area_ratio"] = sum(s.area_ratio for s in scores) / len(scores)
             # Epoch 0 is the base model: training that never beats it should keep it, and say so.
@@ -243,22 +258,6 @@ class Trainer:
         self.progress.rows.append(row)
         if on_epoch is not None:
             on_epoch(row)
-
-    def _train_row(self, epoch: int, duration: float) -> dict[str, Any]:
-        sums = self.progress.sums
-        n = max(sums.get("slices", 0.0), 1.0)
-        row: dict[str, Any] = {"epoch": epoch}
-        for name in ("loss", "loss_dice", "loss_bce", "loss_focal", "loss_iou", "train_dice"):
-            row[name] = sums.get(name, 0.0) / n
-        row["train_area_ratio"] = sums.get("predicted_voxels", 0.0) / max(sums.get("reference_voxels", 0.0), 1.0)
-        rates = {group["name"]: group["lr"] for group in self.optimiser.param_groups}
-        row["lr_encoder"] = rates.get("encoder", rates.get("encoder/vectors"))
-        row["lr_decoder"] = rates.get("decoder", rates.get("decoder/vectors"))
-        row["grad_norm"] = sums.get("grad_norm", 0.0) / max(sums.get("updates", 0.0), 1.0)
-        row["images_per_s"] = n * len(self.segmenter.modalities) / duration
-        row["peak_memory_mib"] = peak_memory_mib(self.segmenter.device)
-        row["duration_s"] = duration
-        return row
 
     def _validate(self, case: PreparedSlices) -> Any:
         prompts = self.dataset.prompts
@@ -270,6 +269,8 @@ class Trainer:
 
     # ---------------------------------------------------------------- state
     def _save(self) -> None:
+        if not self.group.is_main:
+            return
         save_state(
             self.state_path,
             {

@@ -6,12 +6,18 @@ same function normalises numpy arrays and torch tensors there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
+from medsam_lora.transforms.orientation import in_memory_order
+
 Array = TypeVar("Array")
+
+# Voxels looked at in one go.
+_PIECE = 2**18
 
 CountedVoxels = Callable[[Any], Any]
 """raw voxels (numpy or torch) to a mask of those that count."""
@@ -68,17 +74,46 @@ def statistics(image: np.ndarray, voxels: str, scope: str, slices: Sequence[int]
 
 
 def _mean_std(voxels: np.ndarray, counted: CountedVoxels) -> tuple[float, float]:
-    values = voxels[counted(voxels)]
-    if values.dtype.kind == "f":
-        values = values[np.isfinite(values)]
-    if not values.size:
-        return 0.0, 1.0
-    # One float64 copy, then exact enough: a float32 sum of a million voxels is off in the fourth digit.
-    values = values.astype(np.float64)
-    mean = float(values.mean())
-    std = float(values.std())
+    small = voxels.dtype.kind in "iu" and voxels.dtype.itemsize <= 2
+    n, mean, std = (_exact_moments if small else _moments)(_counted_pieces(voxels, counted))
     # Equal float voxels may leave a deviation of rounding errors, which would blow them up to +-1.
-    return mean, std if std > 1e-12 * abs(mean) else 1.0
+    return (mean, std if std > 1e-12 * abs(mean) else 1.0) if n else (0.0, 1.0)
+
+
+def _counted_pieces(voxels: np.ndarray, counted: CountedVoxels) -> Iterator[np.ndarray]:
+    """The finite voxels that count, as float64: one pass over the volume, in pieces that stay in the cache."""
+    flat = in_memory_order(voxels).reshape(-1)
+    for first in range(0, flat.size, _PIECE):
+        piece = flat[first : first + _PIECE]
+        values = piece[counted(piece)]
+        if values.dtype.kind == "f":
+            values = values[np.isfinite(values)]
+        if values.size:
+            # A float32 sum of a million voxels is off in the fourth digit.
+            yield values.astype(np.float64)
+
+
+def _exact_moments(pieces: Iterable[np.ndarray]) -> tuple[int, float, float]:
+    """Number, mean and deviation of integers of 16 bits: sums and squares of a piece stay below 2^53, so are exact."""
+    n = total = squares = 0
+    for values in pieces:
+        n += values.size
+        total += int(values.sum())
+        squares += int(values @ values)
+    return (n, total / n, math.sqrt((n * squares - total * total) / (n * n))) if n else (0, 0.0, 0.0)
+
+
+def _moments(pieces: Iterable[np.ndarray]) -> tuple[int, float, float]:
+    """Number, mean and deviation; the moments of two pieces add up as in Chan, Golub and LeVeque 1979 (eq. 2.1)."""
+    n, mean, squares = 0, 0.0, 0.0
+    for values in pieces:
+        own = float(values.mean())
+        values -= own
+        total, shift = n + values.size, own - mean
+        squares += float(values @ values) + shift * shift * n * values.size / total
+        mean += shift * values.size / total
+        n = total
+    return (n, mean, math.sqrt(squares / n)) if n else (0, 0.0, 0.0)
 
 
 def zscore(raw: Array, mean: Any, std: Any, voxels: str) -> Array:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from medsam_lora.labels import region_mask
+from medsam_lora.transforms.orientation import in_memory_order
 
 
 def region_masks(label_map: np.ndarray, regions: Sequence[str]) -> np.ndarray:
@@ -33,4 +34,10 @@ def region_masks(label_map: np.ndarray, regions: Sequence[str]) -> np.ndarray:
 
 def region_areas(label_map: np.ndarray, region: str) -> np.ndarray:
     """Voxels of a region in every transverse slice, shape (X, Y, Z) to (Z,)."""
-    return np.count_nonzero(region_mask(label_map, region), axis=(0, 1))
+    areas = np.zeros(label_map.shape[-1], np.int64)
+    # Plane by plane, most of which are blank, and each as it lies in memory, where counting is fastest.
+    for k in range(len(areas)):
+        plane = in_memory_order(label_map[..., k])
+        if np.count_nonzero(plane):
+            areas[k] = np.count_nonzero(region_mask(plane, region))
+    return areas

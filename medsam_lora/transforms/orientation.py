@@ -38,6 +38,26 @@ def orient(array: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, Geometry]
     return np.moveaxis(moved, (0, 1, 2), (-3, -2, -1)), oriented(geometry)
 
 
+def in_memory_order(array: np.ndarray) -> np.ndarray:
+    """A view whose axes run as the memory does, the slowest first, for what does not ask where a voxel stands.
+
+    numpy goes through an oriented volume along its last axis, which in a file is the slowest.
+
+    Examples
+    --------
+    >>> in_memory_order(np.arange(6).reshape(2, 3).T[::-1]).tolist()
+    [[0, 1, 2], [3, 4, 5]]
+    """
+    axes, flips = memory_axes(array)
+    return array.transpose(axes)[flips]
+
+
+def memory_axes(array: np.ndarray) -> tuple[list[int], tuple[slice, ...]]:
+    """The order of axes, and the slices that flip them then, that turn an array to `in_memory_order`."""
+    axes = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
+    return axes, tuple(slice(None, None, -1 if array.strides[axis] < 0 else 1) for axis in axes)
+
+
 def oriented(geometry: Geometry) -> Geometry:
     """The R, A, S grid whose voxels are those of `geometry`."""
     orientation = nib.orientations.io_orientation(geometry.affine)

@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+import nibabel as nib
 import numpy as np
 
 from medsam_lora.errors import DataError
 from medsam_lora.geometry import Geometry
 from medsam_lora.labels import MODALITIES
-from medsam_lora.records import CaseVolumes, PreparedSlices
+from medsam_lora.records import CaseRecord, CaseVolumes, PreparedSlices
 from medsam_lora.transforms import SLICINGS
 from medsam_lora.transforms.cropping import (
     BrainBox,
@@ -33,7 +34,7 @@ from medsam_lora.transforms.cropping import (
 )
 from medsam_lora.transforms.intensity import statistics
 from medsam_lora.transforms.masking import region_areas
-from medsam_lora.transforms.orientation import orient, oriented
+from medsam_lora.transforms.orientation import memory_axes, orient, oriented
 from medsam_lora.transforms.slicing import SlicingPlan, select_slices
 
 STAGES: Final = ("orient", "measure", "slice", "crop", "zscore", "mask")
@@ -138,31 +139,78 @@ def prepare_case(case: CaseVolumes, plan: PreparePlan, slices: Sequence[int] | N
     case_id = case.record.case_id
     image, grid = orient(case.image, case.geometry)
     label = None if case.label_map is None else orient(case.label_map, case.geometry)[0]
-    brain = (image != 0).any(axis=0)
+    brain = None if case.planes is not None else brain_of(image)
     start, stop = crop_window(plan.crop, grid.shape[:2])
+    tumour = None if label is None else nonzero(label)
     if slices is None:
-        if label is not None and not plan.crop.allow_tumour_loss:
-            refuse_tumour_loss(label != 0, start, stop, case_id)
-        ks = _chosen_slices(label, brain, plan, case)
+        if tumour is not None and not plan.crop.allow_tumour_loss:
+            refuse_tumour_loss(tumour, start, stop, case_id)
+        # Planes that were read are those that were chosen.
+        ks = _chosen_slices(label, brain, plan, case.record) if case.planes is None else _oriented_planes(case)
     else:
         ks = _given_slices(slices, grid, case_id)
-    mean, std = statistics(image, plan.voxels, plan.scope, ks)
+    at = ks if case.planes is None else [_oriented_planes(case).index(k) for k in ks]
+    mean, std = statistics(image, plan.voxels, plan.scope, at)
     record = case.record
     return PreparedSlices(
         case_id,
         record.patient_id,
         record.split,
         tuple(case.modalities),
-        _slice_major(image[..., ks], start, stop),
-        None if label is None else _slice_major(label[..., ks], start, stop),
+        _slice_major(image, at, start, stop),
+        None if label is None else _slice_major(label, ks, start, stop),
         tuple(ks),
         mean,
         std,
         plan.voxels,
         case.geometry,
         cropped_geometry(grid, start, stop),
-        _losses(brain, label, start, stop),
+        _losses(brain, tumour, start, stop),
     )
+
+
+def planes_needed(label_map: np.ndarray, geometry: Geometry, plan: PreparePlan, record: CaseRecord) -> list[int] | None:
+    """The planes along native array axis 2 that a case's slices lie in, where the reference alone says which.
+
+    Parameters
+    ----------
+    label_map : ndarray of uint8, shape (X, Y, Z)
+        Canonical labels.
+    geometry : Geometry
+        Native grid.
+    plan : PreparePlan
+    record : CaseRecord
+
+    Returns
+    -------
+    list of int or None
+        None where the whole image must be seen: for statistics over the volume, for slices chosen by where the brain
+        is, and where array axis 2 is not the transverse one.
+
+    Raises
+    ------
+    DataError
+        Where no slice can be chosen.
+    """
+    axis, sign = nib.orientations.io_orientation(geometry.affine)[2].astype(int)
+    if plan.scope != "slice" or axis != 2:
+        return None
+    if record.split == "train":
+        if plan.slicing.tumour_only and plan.slicing.empty_share:
+            return None
+    elif not label_map.any():
+        return None
+    label, grid = orient(label_map, geometry)
+    ks = _chosen_slices(label, None, plan, record)
+    return sorted(k if sign > 0 else grid.shape[2] - 1 - k for k in ks)
+
+
+def _oriented_planes(case: CaseVolumes) -> list[int]:
+    """The oriented slices that the last axis of the oriented image holds, of a case of which some planes were read."""
+    assert case.planes is not None
+    sign = nib.orientations.io_orientation(case.geometry.affine)[2, 1]
+    last = case.geometry.shape[2] - 1
+    return list(case.planes) if sign > 0 else [last - plane for plane in reversed(case.planes)]
 
 
 def crop_geometry(native: Geometry, plan: PreparePlan) -> Geometry:
@@ -175,21 +223,42 @@ def case_brain_box(case: CaseVolumes) -> BrainBox:
     """The brain box of a case (the union of its non-zero voxels over modalities) in the oriented plane."""
     image, _ = orient(case.image, case.geometry)
     try:
-        return brain_box((image != 0).any(axis=0))
+        return brain_box(brain_of(image))
     except DataError as error:
         raise DataError(error.message, case_id=case.record.case_id, remedy=error.remedy, code=error.code) from error
 
 
-def _chosen_slices(label: np.ndarray | None, brain: np.ndarray, plan: PreparePlan, case: CaseVolumes) -> list[int]:
+def brain_of(image: np.ndarray) -> np.ndarray:
+    """Voxels that are not 0 in some modality, shape (M, X, Y, Z) to (X, Y, Z)."""
+    return nonzero(*image)
+
+
+def nonzero(*volumes: np.ndarray) -> np.ndarray:
+    """Voxels that are not 0 in some of the volumes, which lie alike in memory."""
+    axes, flips = memory_axes(volumes[0])
+    turned = [volume.transpose(axes)[flips] for volume in volumes]
+    found = np.zeros(turned[0].shape, bool)
+    # Plane by plane, in the order of the memory, so that what is between stays in the cache.
+    for k, plane in enumerate(found):
+        for volume in turned:
+            plane |= volume[k] != 0
+    return found[flips].transpose(np.argsort(axes))
+
+
+def _chosen_slices(
+    label: np.ndarray | None, brain: np.ndarray | None, plan: PreparePlan, record: CaseRecord
+) -> list[int]:
+    """Oriented slices; `brain` may be None where `planes_needed` says that it does not matter."""
     areas = None if label is None else region_areas(label, plan.region)
-    shown = np.asarray(brain.any(axis=(0, 1)))
+    planes = () if brain is None else np.moveaxis(brain, -1, 0)
+    shown = np.array([plane.any() for plane in planes], bool)
     slicing = plan.slicing
-    if case.record.split != "train":
+    if record.split != "train":
         slicing = EVALUATION_SLICING
         if areas is None or not areas.any():
             # Nothing to choose by (a case to be predicted only): every slice that shows brain.
             return np.flatnonzero(shown).tolist()
-    return select_slices(SLICINGS[slicing.name], areas, shown, slicing, case.record.case_id).tolist()
+    return select_slices(SLICINGS[slicing.name], areas, shown, slicing, record.case_id).tolist()
 
 
 def _given_slices(slices: Sequence[int], grid: Geometry, case_id: str) -> list[int]:
@@ -203,18 +272,22 @@ def _given_slices(slices: Sequence[int], grid: Geometry, case_id: str) -> list[i
     return ks
 
 
-def _slice_major(array: np.ndarray, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
-    """(..., X, Y, N) cropped to a contiguous (N, ..., X', Y')."""
-    return np.ascontiguousarray(np.moveaxis(crop_plane(array, start, stop), -1, 0))
+def _slice_major(array: np.ndarray, ks: Sequence[int], start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
+    """The slices of (..., X, Y, Z) at `ks`, cropped, as a contiguous (N, ..., X', Y')."""
+    size = [b - a for a, b in zip(start, stop, strict=True)]
+    taken = np.empty((len(ks), *array.shape[:-3], *size), array.dtype)
+    # Slice by slice: each is turned within the cache.
+    for n, k in enumerate(ks):
+        taken[n] = crop_plane(array[..., k : k + 1], start, stop)[..., 0]
+    return taken
 
 
 def _losses(
-    brain: np.ndarray, label: np.ndarray | None, start: Sequence[int], stop: Sequence[int]
+    brain: np.ndarray | None, tumour: np.ndarray | None, start: Sequence[int], stop: Sequence[int]
 ) -> dict[str, int | None]:
-    tumour = None if label is None else label != 0
     return {
-        "brain_voxels": int(np.count_nonzero(brain)),
-        "brain_voxels_lost": voxels_lost(brain, start, stop),
+        "brain_voxels": None if brain is None else int(np.count_nonzero(brain)),
+        "brain_voxels_lost": None if brain is None else voxels_lost(brain, start, stop),
         "tumour_voxels": None if tumour is None else int(np.count_nonzero(tumour)),
         "tumour_voxels_lost": None if tumour is None else voxels_lost(tumour, start, stop),
     }

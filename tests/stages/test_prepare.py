@@ -19,6 +19,7 @@ from medsam_lora.io.store import open_case, open_store, read_index
 from medsam_lora.io.tables import FINDING_COLUMNS, read_table
 from medsam_lora.records import CaseRecord, Finding
 from medsam_lora.stages import prepare as stage
+from medsam_lora.stages import prepare_jobs as jobs_module
 from medsam_lora.stages.prepare import plan_from_config, prepare
 from medsam_lora.transforms.stages import PreparePlan, prepare_case
 
@@ -122,7 +123,7 @@ def test_a_second_run_does_nothing_and_reads_no_voxel(cohort, tmp_path, monkeypa
     out = tmp_path / "out"
     store, _ = prepare(cohort, None, out, config())
     before = snapshot(store)
-    monkeypatch.setattr(stage, "read_case", None)
+    monkeypatch.setattr(jobs_module, "read_case", None)
     again, outcome = prepare(cohort, None, out, config())
     assert again == store and outcome.skipped == list(BRAINS) and not outcome.done
     after = snapshot(store)
@@ -262,8 +263,8 @@ def die_at_the_second_case(job: stage.Job) -> str:
 
 def test_a_worker_that_dies_is_reported_and_does_not_hang(cohort, tmp_path):
     plan = plan_from_config(config())
-    jobs = [stage.Job(record, cohort.parent, plan, tmp_path, 2**30) for record in read_manifest(cohort)]
-    results = {job.record.case_id: result for job, result in stage._each(die_at_the_second_case, jobs, 2, "test")}
+    jobs = [jobs_module.Job(record, cohort.parent, plan, tmp_path, 2**30) for record in read_manifest(cohort)]
+    results = {job.record.case_id: result for job, result in jobs_module.each(die_at_the_second_case, jobs, 2, "test")}
     assert set(results) == set(BRAINS)
     died = results[B]
     assert isinstance(died, Finding) and died.code == "worker_died" and "--workers" in died.remedy

@@ -250,3 +250,49 @@ def test_tensorboard_events_are_an_extra(cohort: Cohort, tmp_path: Path) -> None
     pytest.importorskip("tensorboard", reason="TensorBoard is an extra: pip install 'medsam-lora[track]'")
     train(cohort.manifest, cohort.store, tmp_path / "run", config(train={"tensorboard": True}), device="cpu")
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.*"))
+
+
+def test_two_processes_train_one_adapter(cohort: Cohort, tmp_path: Path) -> None:
+    """The same batches as one process, so the same scores but for rounding; one folder, written once."""
+    both = config(train={"processes": 2})
+    record = train(cohort.manifest, cohort.store, tmp_path / "run", both, device="cpu")
+    assert record["processes"] == 2 and record == json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["reload_check"]["dice"] == pytest.approx(cohort.record["reload_check"]["dice"], abs=0.02)
+    own, theirs = (load_adapter(run / "adapter.safetensors")[0] for run in (tmp_path / "run", cohort.run))
+    assert own.keys() == theirs.keys()
+    assert all(torch.isfinite(tensor).all() for tensor in own.values())
+    files = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file())
+    expected = sorted(str(path.relative_to(cohort.run)) for path in cohort.run.rglob("*") if path.is_file())
+    assert files == expected
+    with pytest.raises(TrainingError, match="fitted needs validation cases"):
+        alone = tmp_path / "train_only.csv"
+        write_manifest(alone, [r for r in read_manifest(cohort.manifest) if r.split == "train"])
+        wrong = config(train={"processes": 2, "postprocess": "fitted"})
+        train(alone, cohort.store, tmp_path / "wrong", wrong, device="cpu")
+
+
+def test_a_second_prediction_with_other_boxes_takes_the_embeddings_of_the_first(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a method that adapts every block, as an adapter does not change any more."""
+    room = config(train={"cache_gib": 1.0}, predict={"keep_embeddings": True})
+    first = tmp_path / "first"
+    predict(cohort.manifest, cohort.root, cohort.run, first, room, split="test", device="cpu")
+    for record in cohort.tested:
+        assert np.array_equal(
+            voxels(first / f"{record.case_id}.nii.gz"), voxels(cohort.predictions / f"{record.case_id}.nii.gz")
+        )
+    rows = list(csv.DictReader((first / "prompts.csv").open(newline="")))
+    with (tmp_path / "boxes.csv").open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({**row, "i1": float(row["i1"]) + 1} for row in rows if float(row["i1"]) < 47)
+
+    def never(self: object, pixels: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the image encoder ran again")
+
+    monkeypatch.setattr("medsam_lora.models.sam.SamModel.encode", never)
+    boxes = tmp_path / "boxes.csv"
+    out = tmp_path / "second"
+    outcome = predict(cohort.manifest, cohort.root, cohort.run, out, room, boxes=boxes, split="test", device="cpu")
+    assert outcome.done and not outcome.failed

@@ -382,7 +382,7 @@ def test_every_code_is_documented_with_its_severity() -> None:
 def test_the_codes_of_the_source_are_the_documented_ones() -> None:
     package = CHECKOUT / "medsam_lora"
     used = set()
-    readers = ("examine", "findings", "manifest", "splits", "discovery", "checks", "case")
+    readers = ("examine", "voxels", "findings", "manifest", "splits", "discovery", "checks", "case")
     for path in [*(package / "io" / f"{n}.py" for n in readers), package / "labels.py", package / "stages/verify.py"]:
         used |= set(re.findall(r"(?:\bfinding\(|\bcode=)\s*\"(\w+)\"", path.read_text(encoding="utf-8")))
     assert used == set(SEVERITIES)

@@ -16,7 +16,8 @@ from medsam_lora.models.assemble import build_segmenter
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.records import PreparedSlices
 from medsam_lora.training.dataset import PromptOptions, SliceDataset
-from medsam_lora.training.loop import LOG_COLUMNS, Interrupted, Trainer
+from medsam_lora.training.log import LOG_COLUMNS
+from medsam_lora.training.loop import Interrupted, Trainer
 from medsam_lora.training.optimiser import build_optimiser
 
 TIMES = {"duration_s", "images_per_s", "peak_memory_mib"}
