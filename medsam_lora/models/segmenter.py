@@ -20,7 +20,7 @@ from medsam_lora.models.precision import resolve_amp
 from medsam_lora.models.sam import SamModel
 from medsam_lora.peft.contract import Adaptation
 from medsam_lora.prompts.box import to_model
-from medsam_lora.transforms.resizing import model_scale, to_model_frame, to_native_frame
+from medsam_lora.transforms.resizing import Plane, covered_frame, model_scale, to_model_frame, to_native_frame
 
 SINGLE_MASK_TOKEN = 0
 """SAM's mask token for one unambiguous prompt such as a box; tokens 1-3 are the multimask outputs."""
@@ -124,6 +124,7 @@ class Segmenter(nn.Module):
             "base_sha256": self.sam.base_sha256,
             "model": self.sam.name,
             "image_size": self.sam.image_size,
+            "grid": self.sam.grid,
             "input_spec": self.input_spec.to_json(),
             "amp": resolve_amp(amp, self.device),
             "device": self.device.type,
@@ -156,10 +157,17 @@ class Segmenter(nn.Module):
 
         Returns
         -------
-        Tensor, shape (B * M, D, s, s)
-            Slice-major: image ``b * M + m`` is modality m of slice b.
+        Tensor, shape (B * M, D, h, w)
+            Slice-major: image ``b * M + m`` is modality m of slice b. Of the whole model frame, or on the unpadded grid
+            of the part the slices reach.
         """
-        return self.sam.encode(to_model_frame(self.input_spec.to_pixels(z), self.sam.image_size))
+        frame = self.frame((z.shape[-2], z.shape[-1]))
+        return self.sam.encode(to_model_frame(self.input_spec.to_pixels(z), self.sam.image_size, frame))
+
+    def frame(self, shape: Plane) -> Plane:
+        """The part of the model frame that slices of this shape are encoded on, in model pixels."""
+        size = self.sam.image_size
+        return covered_frame(shape, size) if self.sam.grid == "unpadded" else (size, size)
 
     def forward(
         self,
@@ -208,7 +216,8 @@ class Segmenter(nn.Module):
         )
         logits = _over_boxes(logits[:, tokens], counts, "max").unflatten(0, (n_slices, n_channels))
         iou = _over_boxes(iou[:, tokens], counts, "mean").unflatten(0, (n_slices, n_channels)).mean(dim=1)
-        fused = to_native_frame(self.fusion(logits, present), self.sam.image_size, (shape[0], shape[1]))
+        plane = shape[0], shape[1]
+        fused = to_native_frame(self.fusion(logits, present), self.sam.image_size, plane, self.frame(plane))
         if by_area:
             order = (fused > 0).sum(dim=(-2, -1)).argsort(dim=1, descending=True, stable=True)
             fused = torch.take_along_dim(fused, order[:, :, None, None], dim=1)
