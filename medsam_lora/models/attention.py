@@ -14,6 +14,8 @@ Which one runs where is decided in `attention_choice`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -22,6 +24,19 @@ from torch.nn import functional
 
 CHUNK_BYTES: Final = 2 * 2**20
 """Of a piece of the score matrix in `chunked`. Between 1 and 4 MiB a step takes the same time (docs/performance.md)."""
+
+_FEWEST_ROWS: Final = 16
+_chunk_bytes: ContextVar[int] = ContextVar("chunk_bytes", default=CHUNK_BYTES)
+
+
+@contextmanager
+def pieces_of(n_bytes: int) -> Iterator[None]:
+    """Within this context `chunked` works in pieces of this size, at least 16 rows each; its result is the same."""
+    token = _chunk_bytes.set(n_bytes)
+    try:
+        yield
+    finally:
+        _chunk_bytes.reset(token)
 
 
 class Positions(NamedTuple):
@@ -116,6 +131,8 @@ def augmented(q: Tensor, k: Tensor, v: Tensor, positions: Positions, qk_width: i
         keys = functional.pad(keys, (0, qk_width - width))
     values = functional.pad(v, (0, v_width - d)) if v_width > d else v
     # The query carries the scale already: the kernel must not divide by the root of the longer width.
+    if _stand_in.get():
+        return _KeptByFused.apply(queries, keys, values)[..., :d]
     return functional.scaled_dot_product_attention(queries, keys, values, scale=1.0)[..., :d]
 
 
@@ -213,6 +230,32 @@ def _backward(
     return (*heads, grad_row_table, grad_column_table)
 
 
+_stand_in: ContextVar[bool] = ContextVar("stand_in", default=False)
+
+
+@contextmanager
+def kept_by_fused_kernels() -> Iterator[None]:
+    """Within this context `augmented` computes nothing and keeps what a fused CUDA kernel keeps: for planning."""
+    token = _stand_in.set(True)
+    try:
+        yield
+    finally:
+        _stand_in.reset(token)
+
+
+class _KeptByFused(torch.autograd.Function):
+    # Arguments, output and one logarithm for each row, as flash and memory-efficient attention do.
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = v.new_empty(v.shape)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+
+
 Piece = tuple[slice, slice]
 
 
@@ -231,8 +274,9 @@ class _Scores:
         """Slices of units and of query rows: many whole units where they are small, else rows of one unit."""
         n_units, n_tokens, _ = self.q.shape
         bytes_per_row = n_tokens * self.wide.itemsize
-        n_rows = min(n_tokens, max(16, CHUNK_BYTES // bytes_per_row))
-        together = max(1, CHUNK_BYTES // (bytes_per_row * n_rows))
+        chunk_bytes = _chunk_bytes.get()
+        n_rows = min(n_tokens, max(_FEWEST_ROWS, chunk_bytes // bytes_per_row))
+        together = max(1, chunk_bytes // (bytes_per_row * n_rows))
         for unit in range(0, n_units, together):
             for row in range(0, n_tokens, n_rows):
                 yield slice(unit, unit + together), slice(row, row + n_rows)

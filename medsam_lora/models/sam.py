@@ -271,6 +271,22 @@ def build(
     return model.eval()
 
 
+def blank(name: str, image_size: int | None = None, *, grid: str = "padded", attention: str = "auto") -> SamModel:
+    """A model with whatever its constructors leave in its tensors: for counting, where values do not matter.
+
+    Parameters
+    ----------
+    name, image_size, grid, attention
+        See `build`.
+    """
+    spec = model_spec(name)
+    model = SamModel(name, *ARCHITECTURES[name](), spec.image_size, grid=grid)
+    fit_positions(model, _checked_size(spec.image_size if image_size is None else image_size))
+    if isinstance(model.image_encoder, ImageEncoderViT):
+        model.image_encoder = GridEncoder(model.image_encoder, attention)
+    return model.eval()
+
+
 def fit_positions(model: SamModel, image_size: int) -> None:
     """Give a model another image size, in place; nothing happens where it has that size already.
 

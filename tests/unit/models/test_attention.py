@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from medsam_lora.models import attention
-from medsam_lora.models.attention import Positions, augmented, biased, chunked, relative_positions
+from medsam_lora.models.attention import Positions, augmented, biased, chunked, pieces_of, relative_positions
 from medsam_lora.models.attention_choice import ATTENTIONS, choose
 
 GRIDS = [(5, 7), (2, 6), (8, 8)]
@@ -45,18 +44,16 @@ def worst(found: list[Tensor], exact: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("way", WAYS)
-def test_float64_is_the_formula(way: str, grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    # Three rows a piece, so that pieces do not divide the grid.
-    monkeypatch.setattr(attention, "CHUNK_BYTES", 3 * grid[0] * grid[1] * 8)
+def test_float64_is_the_formula(way: str, grid: tuple[int, int]) -> None:
     args = arguments(grid, torch.float64)
     assert worst(run(WAYS[way], args), run(written_out, args)) < 1e-12
 
 
 @pytest.mark.parametrize("rows", [16, 40, 10_000])
-def test_pieces_of_any_size_give_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "CHUNK_BYTES", rows * 35 * 8)
+def test_pieces_of_any_size_give_the_same(rows: int) -> None:
     args = arguments((5, 7), torch.float64)
-    assert worst(run(chunked, args), run(written_out, args)) < 1e-12
+    with pieces_of(rows * 35 * 8):
+        assert worst(run(chunked, args), run(written_out, args)) < 1e-12
 
 
 @pytest.mark.parametrize(("dtype", "slack"), [(torch.float32, 1.5), (torch.bfloat16, 1.1), (torch.float16, 1.1)])
