@@ -116,6 +116,16 @@ class ModelConfig(Section):
         None, description="official (of vit_nano those in the package), a checkpoint file, random; null is official."
     )
     image_size: int | None = Field(None, ge=32, description="Side of the model frame; null is the model's own.")
+    grid: Literal["padded", "unpadded"] = Field(
+        "padded",
+        description="padded: the encoder sees the square model frame, as SAM was trained; unpadded: only the patches "
+        "that the image reaches, another function at its border. An adapter is used as it was trained.",
+    )
+    attention: Literal["auto", "reference", "chunked", "augmented", "biased"] = Field(
+        "auto",
+        description="How a ViT's attention is computed (ATTENTIONS), the numbers being the same; auto is what suits "
+        "the device; reference is segment_anything's own code. vit_t has one way.",
+    )
     input_range: Literal["window", "minmax", "zscore"] = Field(
         "window", description="How z-scores become the 0-255 range the weights were trained on (InputSpec)."
     )
@@ -160,6 +170,11 @@ class TrainConfig(Section):
         ge=1,
         description="Processes on this machine that share every batch, each on a GPU of its own or all on the CPU; "
         "torchrun, where it is used, decides instead.",
+    )
+    checkpointing: bool = Field(
+        False,
+        description="Keep only the input of each encoder block and compute the block again in the backward pass: a "
+        "fraction of the memory, about a third more time.",
     )
     optimiser: Literal["adamw", "adam"] = Field("adamw", description="Adam or AdamW.")
     lr: float = Field(1e-4, gt=0, description="Learning rate of the adapter and the mask decoder.")

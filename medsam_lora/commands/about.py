@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from medsam_lora.commands import options
-from medsam_lora.errors import WeightsError
+from medsam_lora.errors import ConfigError, WeightsError
 
 weights_app = typer.Typer(
     help="Find or download the official base weights.", no_args_is_help=True, rich_markup_mode=None
@@ -19,11 +20,32 @@ ModelName = Annotated[str, typer.Argument(metavar="NAME", help="A model name, as
 
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, with stable keys.")] = False,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIG", help="Predict memory and largest batch of a run with this configuration instead."
+        ),
+    ] = None,
+    settings: options.SetOption = None,
+    device: Annotated[str, typer.Option(help="For --plan: cpu, cuda, or auto, the one found here.")] = "auto",
+    memory_gib: Annotated[
+        float | None, typer.Option(help="For --plan: memory of the device; by default that of the one found here.")
+    ] = None,
 ) -> None:
-    """Print versions, the device, and the known models and methods."""
+    """Print versions, the device, and the known models and methods; or what a run will take (--plan)."""
     from medsam_lora.stages.info import as_text, collect
 
     found = collect()
+    if plan is not None:
+        from medsam_lora.stages import plan as planning
+
+        here = found["device"]
+        kind = here["kind"] if device == "auto" else device
+        if kind not in ("cpu", "cuda"):
+            raise ConfigError(f"--device {device} is not one to plan for", remedy="Use cpu, cuda or auto.")
+        memory = here["memory_gib"] if memory_gib is None and kind == here["kind"] else memory_gib
+        found = planning.plan(options.read_config(plan, settings), device=kind, memory_gib=memory)
+        as_text = planning.as_text
     typer.echo(json.dumps(found, indent=2) if as_json else as_text(found))
 
 

@@ -63,7 +63,9 @@ def build_segmenter(
         Of the adapter's initialisation.
     device : torch.device
     """
-    sam = build(model.name, model.weights, model.image_size, model.seed).to(device)
+    sam = build(model.name, model.weights, model.image_size, model.seed, grid=model.grid, attention=model.attention).to(
+        device
+    )
     adaptation = attach(sam, method, seed)
     fused = build_fusion(fusion.name, modalities).to(device)
     if method.name == "zero_shot":
@@ -97,6 +99,7 @@ def adapter_metadata(
         "model_name": model.name,
         "base_sha256": segmenter.sam.base_sha256,
         "image_size": segmenter.sam.image_size,
+        "grid": segmenter.sam.grid,
         "input_spec": segmenter.input_spec.to_json(),
         "fusion": fusion.name,
         "modalities": list(segmenter.modalities),
@@ -106,7 +109,7 @@ def adapter_metadata(
 
 
 def load_segmenter(
-    path: Path, weights: str | None = None, device: torch.device | None = None
+    path: Path, weights: str | None = None, device: torch.device | None = None, attention: str | None = None
 ) -> tuple[Segmenter, Mapping[str, Any]]:
     """Rebuild a segmenter from its adapter file and its base weights.
 
@@ -118,6 +121,8 @@ def load_segmenter(
         Where the base weights are now, if not where they were at training; they must be the same by their sha256.
     device : torch.device, optional
         The CPU by default.
+    attention : str, optional
+        How to compute attention here (`attention_choice.ATTENTIONS`), if not as at training; the function is the same.
 
     Returns
     -------
@@ -141,11 +146,11 @@ def load_segmenter(
         raise AdapterError(
             f"its metadata cannot be read ({error})", path=path, remedy="Use an adapter that medsam-lora wrote."
         ) from error
-    if weights is not None:
-        model = model.model_copy(update={"weights": weights})
+    given = {"weights": weights, "attention": attention}
+    model = model.model_copy(update={name: value for name, value in given.items() if value is not None})
     device = torch.device("cpu") if device is None else device
     segmenter = build_segmenter(model, method, fusion, modalities, regions, seed, device)
     segmenter.input_spec = spec
-    check_base(metadata, model.name, segmenter.sam.base_sha256, segmenter.sam.image_size, path)
+    check_base(metadata, model.name, segmenter.sam.base_sha256, segmenter.sam.image_size, path, segmenter.sam.grid)
     segmenter.load_adapter_state({name: tensor.to(device) for name, tensor in tensors.items()})
     return segmenter.eval(), metadata

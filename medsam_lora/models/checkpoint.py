@@ -139,6 +139,7 @@ def check_base(
     base_sha256: str | None,
     image_size: int | None = None,
     path: Path | None = None,
+    grid: str | None = None,
 ) -> None:
     """Refuse a base model that an adapter was not trained on.
 
@@ -153,6 +154,8 @@ def check_base(
         Checked where given.
     path : Path, optional
         Of the adapter, for the message.
+    grid : str, optional
+        ``padded`` or ``unpadded``; checked where given. An adapter that says nothing of it was trained padded.
 
     Raises
     ------
@@ -176,6 +179,13 @@ def check_base(
             f"the adapter was trained at {metadata['image_size']} px, the model is built at {image_size} px",
             path=path,
             remedy=f"Set model.image_size={metadata['image_size']}.",
+        )
+    trained_on = metadata.get("grid", "padded")
+    if grid is not None and trained_on != grid:
+        raise AdapterError(
+            f"the adapter was trained on the {trained_on} grid, the model is built on the {grid} one: another function",
+            path=path,
+            remedy=f"Set model.grid={trained_on}, or train anew.",
         )
 
 

@@ -21,6 +21,7 @@ from medsam_lora.models import nano, tiny_vit
 from medsam_lora.models.input_spec import PIXEL_MEAN, PIXEL_STD
 from medsam_lora.models.nano import nano_encoder, scatter_positions
 from medsam_lora.models.tiny_vit import TinyViT
+from medsam_lora.models.vit import GridEncoder
 from medsam_lora.models.weights import check_state, fetch, load_state, locate, model_spec, sha256_of_state
 from medsam_lora.sam_modules import (
     ImageEncoderViT,
@@ -57,6 +58,8 @@ class SamModel(nn.Module):
         S, the side of the model frame in pixels.
     base_sha256 : str
         Hash of the checkpoint file, or of the tensors of random weights; it names the base of an adapter.
+    grid : str
+        ``padded``: images fill the frame; ``unpadded``: they may be any part of it in whole patches.
     """
 
     pixel_mean: Tensor
@@ -70,9 +73,11 @@ class SamModel(nn.Module):
         mask_decoder: MaskDecoder,
         image_size: int,
         base_sha256: str = "",
+        grid: str = "padded",
     ) -> None:
         super().__init__()
         self.name = name
+        self.grid = grid
         self.image_size = image_size
         self.base_sha256 = base_sha256
         self.image_encoder = image_encoder
@@ -87,21 +92,23 @@ class SamModel(nn.Module):
         Parameters
         ----------
         pixels : Tensor of float, shape (B, 3, S, S)
-            Model frame, normalised with `pixel_mean` and `pixel_std`, padded with zeros after that.
+            Model frame, normalised with `pixel_mean` and `pixel_std`, padded with zeros after that. On the unpadded
+            grid (B, 3, h, w), the frame's upper left part.
 
         Returns
         -------
-        Tensor of float, shape (B, D, S/16, S/16)
+        Tensor of float, shape (B, D, S/16, S/16) or (B, D, h/16, w/16)
 
         Raises
         ------
         ValueError
             For another shape: the positions of the encoder belong to one size.
         """
-        if pixels.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(
-                f"pixels of shape {tuple(pixels.shape)}; need (B, 3, {self.image_size}, {self.image_size})"
-            )
+        size = self.image_size
+        part = self.grid == "unpadded" and all(n % PATCH == 0 and 0 < n <= size for n in pixels.shape[2:])
+        if pixels.shape[1:] != (3, size, size) and not (part and pixels.shape[1] == 3 and pixels.ndim == 4):
+            sides = "sides up to that in steps of 16" if self.grid == "unpadded" else "both sides full"
+            raise ValueError(f"pixels of shape {tuple(pixels.shape)}; need (B, 3, {size}, {size}), {sides}")
         return self.image_encoder(pixels)
 
     def decode(
@@ -115,7 +122,7 @@ class SamModel(nn.Module):
 
         Parameters
         ----------
-        embedding : Tensor of float, shape (B, D, s, s)
+        embedding : Tensor of float, shape (B, D, h, w)
             From `encode`.
         boxes : Tensor of float, shape (N, 4), or None
             XYXY in model pixels, the first image's boxes first. None, without points, is SAM without a prompt, once per
@@ -128,9 +135,9 @@ class SamModel(nn.Module):
 
         Returns
         -------
-        logits : Tensor of float, shape (N, 4, 4 s, 4 s)
-            On the decoder grid, which covers the whole model frame. Token 0 is the mask for an unambiguous prompt
-            (`multimask_output=False` upstream), 1-3 are the three for an ambiguous one.
+        logits : Tensor of float, shape (N, 4, 4 h, 4 w)
+            On the decoder grid, which covers what was encoded: the whole model frame, unless unpadded. Token 0 is the
+            mask for an unambiguous prompt (`multimask_output=False` upstream), 1-3 are the three for an ambiguous one.
         iou : Tensor of float, shape (N, 4)
             The decoder's estimate of each mask's IoU.
 
@@ -152,6 +159,8 @@ class SamModel(nn.Module):
         ):
             raise ValueError(f"{n_prompts} prompts, counted {counts}, do not fit {len(embedding)} images")
         sparse, dense, positions = self._encode_prompts(boxes, points)
+        # Of the whole frame, in whose pixels prompts are given as well, the part that was encoded.
+        positions = positions[..., : embedding.shape[-2], : embedding.shape[-1]]
         if unprompted:
             sparse = sparse.expand(n_prompts, -1, -1)
         if not each_one:
@@ -191,7 +200,15 @@ class SamModel(nn.Module):
         return logits, decoder.iou_prediction_head(states[:, 0])
 
 
-def build(name: str, weights: str | None = None, image_size: int | None = None, seed: int = 0) -> SamModel:
+def build(
+    name: str,
+    weights: str | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    *,
+    grid: str = "padded",
+    attention: str = "auto",
+) -> SamModel:
     """A base model in evaluation mode, on the CPU, all of it trainable.
 
     Parameters
@@ -207,6 +224,10 @@ def build(name: str, weights: str | None = None, image_size: int | None = None, 
         depend on it.
     seed : int
         Of random weights; the global generator is left as it was.
+    grid : {"padded", "unpadded"}
+        Whether images fill the model frame; see `SamModel`.
+    attention : str
+        ``auto`` or a key of `attention_choice.ATTENTIONS`; it holds for a ViT, `vit_t` has one way.
 
     Returns
     -------
@@ -215,11 +236,17 @@ def build(name: str, weights: str | None = None, image_size: int | None = None, 
     Raises
     ------
     ConfigError
-        For an image size that is not allowed.
+        For an image size that is not allowed, or upstream's attention on the unpadded grid.
     WeightsError
         For an unknown model, or weights that are missing, damaged, or of another model.
     """
     spec = model_spec(name)
+    if grid == "unpadded" and attention == "reference" and name != "vit_t":
+        raise ConfigError(
+            "model.attention=reference is segment_anything's own code, which stretches relative positions over an "
+            "unpadded grid instead of taking the part that belongs there",
+            remedy="Set model.attention=auto, or model.grid=padded.",
+        )
     size = _checked_size(spec.image_size if image_size is None else image_size)
     state, digest, path = _read(name, weights or "official")
     with torch.random.fork_rng(devices=[]):
@@ -228,7 +255,7 @@ def build(name: str, weights: str | None = None, image_size: int | None = None, 
         encoder, prompt_encoder, decoder = ARCHITECTURES[name]()
         if state is None and isinstance(encoder, ImageEncoderViT):
             scatter_positions(encoder)
-    model = SamModel(name, encoder, prompt_encoder, decoder, spec.image_size)
+    model = SamModel(name, encoder, prompt_encoder, decoder, spec.image_size, grid=grid)
     if state is None:
         model.base_sha256 = sha256_of_state(model.state_dict())
     else:
@@ -238,6 +265,24 @@ def build(name: str, weights: str | None = None, image_size: int | None = None, 
         model.load_state_dict(check_state(state, model.state_dict(), dropped, path))
         model.base_sha256 = digest
     fit_positions(model, size)
+    if isinstance(encoder, ImageEncoderViT):
+        model.image_encoder = GridEncoder(encoder, attention)
+    return model.eval()
+
+
+def blank(name: str, image_size: int | None = None, *, grid: str = "padded", attention: str = "auto") -> SamModel:
+    """A model with whatever its constructors leave in its tensors: for counting, where values do not matter.
+
+    Parameters
+    ----------
+    name, image_size, grid, attention
+        See `build`.
+    """
+    spec = model_spec(name)
+    model = SamModel(name, *ARCHITECTURES[name](), spec.image_size, grid=grid)
+    fit_positions(model, _checked_size(spec.image_size if image_size is None else image_size))
+    if isinstance(model.image_encoder, ImageEncoderViT):
+        model.image_encoder = GridEncoder(model.image_encoder, attention)
     return model.eval()
 
 

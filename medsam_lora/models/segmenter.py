@@ -21,7 +21,7 @@ from medsam_lora.models.precision import resolve_amp
 from medsam_lora.models.sam import SamModel
 from medsam_lora.peft.contract import Adaptation
 from medsam_lora.prompts.box import to_model
-from medsam_lora.transforms.resizing import model_scale, to_model_frame, to_native_frame
+from medsam_lora.transforms.resizing import Plane, covered_frame, model_scale, to_model_frame, to_native_frame
 
 SINGLE_MASK_TOKEN = 0
 """SAM's mask token for one unambiguous prompt such as a box; tokens 1-3 are the multimask outputs."""
@@ -136,6 +136,7 @@ class Segmenter(nn.Module):
             "base_sha256": self.sam.base_sha256,
             "model": self.sam.name,
             "image_size": self.sam.image_size,
+            "grid": self.sam.grid,
             "input_spec": self.input_spec.to_json(),
             "amp": resolve_amp(amp, self.device),
             "device": self.device.type,
@@ -179,7 +180,8 @@ class Segmenter(nn.Module):
         return cache_points.until(self.sam.image_encoder, self._pixels(z), self.cache_point)
 
     def _pixels(self, z: Tensor) -> Tensor:
-        return to_model_frame(self.input_spec.to_pixels(z), self.sam.image_size)
+        frame = self.frame((z.shape[-2], z.shape[-1]))
+        return to_model_frame(self.input_spec.to_pixels(z), self.sam.image_size, frame)
 
     def encode(self, z: Tensor) -> Tensor:
         """Image embeddings of z-scored slices.
@@ -191,8 +193,9 @@ class Segmenter(nn.Module):
 
         Returns
         -------
-        Tensor, shape (B * M, D, s, s)
-            Slice-major: image ``b * M + m`` is modality m of slice b.
+        Tensor, shape (B * M, D, h, w)
+            Slice-major: image ``b * M + m`` is modality m of slice b. Of the whole model frame, or on the unpadded grid
+            of the part the slices reach.
         """
         point = self.adaptation.report.cache_point
         if point is None:
@@ -203,6 +206,11 @@ class Segmenter(nn.Module):
                 return self.sam.encode(self._pixels(z))
         encoder = self.sam.image_encoder
         return cache_points.onward(encoder, cache_points.until(encoder, self._pixels(z), point), point)
+
+    def frame(self, shape: Plane) -> Plane:
+        """The part of the model frame that slices of this shape are encoded on, in model pixels."""
+        size = self.sam.image_size
+        return covered_frame(shape, size) if self.sam.grid == "unpadded" else (size, size)
 
     def forward(
         self,
@@ -273,7 +281,7 @@ class Segmenter(nn.Module):
         )
         logits = _over_boxes(logits[:, tokens], counts, "max").unflatten(0, (n_slices, n_channels))
         iou = _over_boxes(iou[:, tokens], counts, "mean").unflatten(0, (n_slices, n_channels)).mean(dim=1)
-        fused = to_native_frame(self.fusion(logits, present), self.sam.image_size, shape)
+        fused = to_native_frame(self.fusion(logits, present), self.sam.image_size, shape, self.frame(shape))
         if by_area:
             order = (fused > 0).sum(dim=(-2, -1)).argsort(dim=1, descending=True, stable=True)
             fused = torch.take_along_dim(fused, order[:, :, None, None], dim=1)

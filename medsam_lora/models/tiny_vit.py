@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medsam_lora.models.vit import run_block
 from medsam_lora.peft.sites import AttentionSite, MlpSite, rows_per_head
 from medsam_lora.sam_modules import LayerNorm2d
 
@@ -124,9 +125,9 @@ class ConvStage(nn.Module):
         self.blocks = nn.ModuleList(MBConv(width) for _ in range(depth))
         self.downsample = PatchMerging(width, outputs, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, checkpointing: bool = False) -> Tensor:
         for block in self.blocks:
-            x = block(x)
+            x = run_block(block, x, checkpointing)
         return self.downsample(x)
 
 
@@ -232,28 +233,34 @@ class AttentionStage(nn.Module):
         self.blocks = nn.ModuleList(TinyViTBlock(width, heads, window) for _ in range(depth))
         self.downsample = merge
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, checkpointing: bool = False) -> Tensor:
         for block in self.blocks:
-            x = block(x)
+            x = run_block(block, x, checkpointing)
         if self.downsample is None:
             return x
         return self.downsample(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class TinyViT(nn.Module):
-    """MobileSAM's image encoder, (B, 3, S, S) normalised pixels to (B, 256, S/16, S/16).
+    """MobileSAM's image encoder, (B, 3, h, w) normalised pixels to (B, 256, h/16, w/16).
 
-    It has no absolute positions, so any S that is a multiple of 16 works with the same tensors.
+    It has no absolute positions, so any h and w that are multiples of 16 work with the same tensors.
 
     Parameters
     ----------
     img_size : int
         S, kept as an attribute for those that ask (as SAM's `ImageEncoderViT` does).
+
+    Attributes
+    ----------
+    checkpointing : bool
+        Keep nothing of a block for the backward pass but its input, and run it once more there.
     """
 
     def __init__(self, img_size: int = 1024, out_chans: int = 256) -> None:
         super().__init__()
         self.img_size = img_size
+        self.checkpointing = False
         self.patch_embed = PatchEmbed(WIDTHS[0])
         mergings = [PatchMerging(WIDTHS[1], WIDTHS[2], stride=2), PatchMerging(WIDTHS[2], WIDTHS[3], stride=1), None]
         self.layers = nn.ModuleList([ConvStage(WIDTHS[0], DEPTHS[0], WIDTHS[1])])
@@ -268,9 +275,9 @@ class TinyViT(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.patch_embed(pixels.contiguous(memory_format=torch.channels_last))
-        x = self.layers[0](x).permute(0, 2, 3, 1)
+        x = self.layers[0](x, self.checkpointing).permute(0, 2, 3, 1)
         for stage in list(self.layers)[1:]:
-            x = stage(x)
+            x = stage(x, self.checkpointing)
         return self.neck(x.permute(0, 3, 1, 2))
 
     def attention_sites(self) -> list[AttentionSite]:

@@ -93,6 +93,7 @@ def _follow(leaving: nn.Parameter | nn.Module, entering: nn.Parameter | nn.Modul
     # The one that was not part of the model has missed model.to(device) and model.eval().
     for parameter in _parameters(leaving)[:1]:
         # Module.to moves parameters and their gradients in place, so that an optimiser still knows them.
-        nn.ParameterList(_parameters(entering)).to(parameter.device)
+        if any(other.device != parameter.device for other in _parameters(entering)):
+            nn.ParameterList(_parameters(entering)).to(parameter.device)
     if isinstance(leaving, nn.Module) and isinstance(entering, nn.Module):
         entering.train(leaving.training)

@@ -28,6 +28,7 @@ from medsam_lora.labels import label_map_of
 from medsam_lora.models import MODELS
 from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.models.assemble import choose_device, load_segmenter
+from medsam_lora.models.checkpoint import check_base
 from medsam_lora.models.precision import resolve_amp
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.progress import track
@@ -84,8 +85,8 @@ def predict(
     out : Path
         Receives ``<case_id>.nii.gz``, ``<case_id>.seg.nrrd``, ``prompts.csv``, ``record.json``, ``failures.csv``.
     config : Config
-        Its `predict` section, ``data.max_gib`` and ``model.weights`` hold; everything else is as trained, because the
-        adapter fixes it.
+        Its `predict` section, ``data.max_gib``, ``model.weights`` and ``model.attention`` hold; everything else is as
+        trained, because the adapter fixes it. A ``model.grid`` that is set and another is refused.
     boxes : Path, optional
         CSV of box prompts (`io.tables.BOX_COLUMNS`, native frame); without it boxes come from the reference.
     split : str, optional
@@ -105,7 +106,13 @@ def predict(
     target = choose_device(device)
     records = _chosen(read_manifest(manifest), split, manifest)
     given = None if boxes is None else read_box_table(boxes)
-    segmenter, metadata = load_segmenter(adapter, config.model.weights, target)
+    chosen = config.model.model_fields_set
+    segmenter, metadata = load_segmenter(
+        adapter, config.model.weights, target, config.model.attention if "attention" in chosen else None
+    )
+    if "grid" in chosen:
+        # What else a model section says is as trained; this was asked for by name and would be another function.
+        check_base(metadata, segmenter.sam.name, segmenter.sam.base_sha256, None, adapter, config.model.grid)
     folder = out.parent / CACHE_FOLDER if cache is None else cache
     fixed = sha256_of(adapter) if config.predict.keep_embeddings else ""
     segmenter.use_cache(folder, int(config.train.cache_gib * 2**30), config.predict.amp, fixed=fixed)

@@ -108,6 +108,7 @@ class Trainer:
         self.best_state: dict[str, torch.Tensor] | None = None
         self.weights = LossWeights(options.dice_weight, options.bce_weight, options.focal_share, options.focal_gamma)
         self.optimiser = build_optimiser(segmenter, options)
+        segmenter.sam.image_encoder.checkpointing = options.checkpointing  # type: ignore[assignment]
         self.scaler = torch.amp.GradScaler(
             segmenter.device.type, enabled=resolve_amp(options.amp, segmenter.device) == "fp16"
         )

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 Plane = tuple[int, int]
 
+PIXELS_PER_PATCH: Final = 16
 PIXELS_PER_GRID_CELL: Final = 4
 """SAM's encoder takes patches of 16 pixels, and its mask decoder enlarges their grid fourfold."""
 
@@ -48,7 +49,31 @@ def model_scale(shape: Plane, image_size: int) -> tuple[float, Plane]:
     return scale, (int(x * scale + 0.5), int(y * scale + 0.5))
 
 
-def to_model_frame(images: Tensor, image_size: int) -> Tensor:
+def covered_frame(shape: Plane, image_size: int) -> Plane:
+    """The smallest part of the model frame, in whole patches from its corner, that the image lies in.
+
+    Parameters
+    ----------
+    shape : tuple of int, (X, Y)
+        Crop grid.
+    image_size : int
+        S.
+
+    Returns
+    -------
+    tuple of int, (h, w)
+        Multiples of 16.
+
+    Examples
+    --------
+    >>> covered_frame((138, 202), 1024)
+    (704, 1024)
+    """
+    _, (h, w) = model_scale(shape, image_size)
+    return -(-h // PIXELS_PER_PATCH) * PIXELS_PER_PATCH, -(-w // PIXELS_PER_PATCH) * PIXELS_PER_PATCH
+
+
+def to_model_frame(images: Tensor, image_size: int, frame: Plane | None = None) -> Tensor:
     """Resize pixels to the model frame, bilinearly, and pad with zeros at the bottom and right.
 
     Parameters
@@ -57,14 +82,16 @@ def to_model_frame(images: Tensor, image_size: int) -> Tensor:
         Normalised pixels on the crop grid (the padding of 0 is SAM's mean colour only after its normalisation).
     image_size : int
         S.
+    frame : tuple of int, (h, w), optional
+        Pad to this part of the frame alone (`covered_frame`); to all of it by default.
 
     Returns
     -------
-    Tensor of float, shape (B, C, S, S)
+    Tensor of float, shape (B, C, S, S) or (B, C, h, w)
     """
     _, size = model_scale((images.shape[-2], images.shape[-1]), image_size)
     resized = functional.interpolate(images, size, mode="bilinear", align_corners=False, antialias=False)
-    return _padded(resized, image_size)
+    return _padded(resized, frame or (image_size, image_size))
 
 
 def masks_to_model_frame(masks: Tensor, image_size: int) -> Tensor:
@@ -81,7 +108,7 @@ def masks_to_model_frame(masks: Tensor, image_size: int) -> Tensor:
     Tensor, shape (B, R, S, S), dtype of `masks`
     """
     _, size = model_scale((masks.shape[-2], masks.shape[-1]), image_size)
-    return _padded(_nearest(masks, size), image_size)
+    return _padded(_nearest(masks, size), (image_size, image_size))
 
 
 def masks_from_model_frame(masks: Tensor, shape: Plane) -> Tensor:
@@ -100,7 +127,7 @@ def masks_from_model_frame(masks: Tensor, shape: Plane) -> Tensor:
     return _nearest(masks[..., :h, :w], shape)
 
 
-def to_native_frame(logits: Tensor, image_size: int, shape: Plane) -> Tensor:
+def to_native_frame(logits: Tensor, image_size: int, shape: Plane, frame: Plane | None = None) -> Tensor:
     """Bring the decoder's logits back to the crop grid, in float32, differentiably.
 
     Bilinear from the decoder grid to the S x S frame, without the padding, bilinear to the crop grid: both steps of
@@ -110,10 +137,12 @@ def to_native_frame(logits: Tensor, image_size: int, shape: Plane) -> Tensor:
     Parameters
     ----------
     logits : Tensor of float, shape (B, R, h, w)
-        On the decoder grid, which covers the whole padded frame.
+        On the decoder grid.
     image_size : int
         S.
     shape : tuple of int, (X, Y)
+    frame : tuple of int, optional
+        Model pixels that the decoder grid covers; the whole padded frame by default.
 
     Returns
     -------
@@ -122,8 +151,9 @@ def to_native_frame(logits: Tensor, image_size: int, shape: Plane) -> Tensor:
     _, (rows, columns) = model_scale(shape, image_size)
     # Under autocast a matrix product would run in half precision, which moves the contour.
     with torch.autocast(logits.device.type, enabled=False):
-        left = _two_resizes(logits.shape[-2], image_size, rows, shape[0]).to(logits.device)
-        right = _two_resizes(logits.shape[-1], image_size, columns, shape[1]).to(logits.device)
+        frame = frame or (image_size, image_size)
+        left = _two_resizes(logits.shape[-2], frame[0], rows, shape[0]).to(logits.device)
+        right = _two_resizes(logits.shape[-1], frame[1], columns, shape[1]).to(logits.device)
         return left @ logits.float() @ right.T
 
 
@@ -149,12 +179,12 @@ def through_decoder_grid(masks: Tensor, image_size: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _two_resizes(n_grid: int, image_size: int, used: int, n_native: int) -> Tensor:
-    """Matrix (n_native, n_grid) of: resize n_grid to image_size, keep the first `used`, resize to n_native."""
+def _two_resizes(n_grid: int, n_frame: int, used: int, n_native: int) -> Tensor:
+    """Matrix (n_native, n_grid) of: resize n_grid to n_frame, keep the first `used`, resize to n_native."""
     # inference_mode(False): a tensor cached under inference mode could not enter a later training step.
     with torch.inference_mode(False), torch.no_grad():
         basis = torch.eye(n_grid, dtype=torch.float64)[None]
-        frame = functional.interpolate(basis, image_size, mode="linear", align_corners=False)[..., :used]
+        frame = functional.interpolate(basis, n_frame, mode="linear", align_corners=False)[..., :used]
         native = functional.interpolate(frame, n_native, mode="linear", align_corners=False)
         return native[0].T.contiguous().float()
 
@@ -166,6 +196,6 @@ def _nearest(masks: Tensor, size: Plane) -> Tensor:
     return moved.to(masks.dtype)
 
 
-def _padded(images: Tensor, image_size: int) -> Tensor:
+def _padded(images: Tensor, frame: Plane) -> Tensor:
     h, w = images.shape[-2:]
-    return functional.pad(images, (0, image_size - w, 0, image_size - h))
+    return functional.pad(images, (0, frame[1] - w, 0, frame[0] - h))

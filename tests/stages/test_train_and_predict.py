@@ -296,3 +296,49 @@ def test_a_second_prediction_with_other_boxes_takes_the_embeddings_of_the_first(
     out = tmp_path / "second"
     outcome = predict(cohort.manifest, cohort.root, cohort.run, out, room, boxes=boxes, split="test", device="cpu")
     assert outcome.done and not outcome.failed
+
+
+def test_the_unpadded_grid_is_recorded_and_used_at_prediction(cohort: Cohort, tmp_path: Path) -> None:
+    run = tmp_path / "unpadded"
+    record = train(cohort.manifest, cohort.store, run, config(model={"grid": "unpadded"}), device="cpu")
+    assert record["reload_check"]["largest_difference"] <= 1e-6
+    _, metadata = load_adapter(run / "adapter.safetensors")
+    assert metadata["grid"] == metadata["model"]["grid"] == "unpadded"
+    segmenter, _ = load_segmenter(run / "adapter.safetensors")
+    crop = record_crop(metadata)
+    assert segmenter.frame(crop) < (64, 64)
+    # A configuration that says nothing of the grid, and one that says the same, predict; another one is refused.
+    said = predict(
+        cohort.manifest,
+        cohort.root,
+        run,
+        tmp_path / "a",
+        config(model={"grid": "unpadded"}),
+        split="test",
+        device="cpu",
+    )
+    silent = predict(cohort.manifest, cohort.root, run, tmp_path / "b", config(), split="test", device="cpu")
+    assert said.done == silent.done == [r.case_id for r in cohort.tested]
+    for case_id in said.done:
+        assert np.array_equal(
+            voxels(tmp_path / "a" / f"{case_id}.nii.gz"), voxels(tmp_path / "b" / f"{case_id}.nii.gz")
+        )
+    with pytest.raises(AdapterError, match="on the unpadded grid.*Set model.grid=unpadded"):
+        predict(cohort.manifest, cohort.root, run, tmp_path / "c", config(model={"grid": "padded"}), device="cpu")
+
+
+def record_crop(metadata: dict) -> tuple[int, int]:
+    """In-plane size of the crop an adapter was trained on."""
+    return tuple(metadata["plan"]["crop"]["size"])
+
+
+def test_attention_may_be_computed_another_way_at_prediction(cohort: Cohort) -> None:
+    path = cohort.run / "adapter.safetensors"
+    other, _ = load_segmenter(path, attention="reference")
+    same, _ = load_segmenter(path)
+    assert (other.sam.image_encoder.attention, same.sam.image_encoder.attention) == ("reference", "auto")
+    z = torch.randn(1, 4, 40, 56, generator=torch.Generator().manual_seed(0))
+    boxes = [np.array([[5.0, 5.0, 30.0, 30.0]])]
+    with torch.no_grad():
+        expected, found = other(z, boxes).logits, same(z, boxes).logits
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()

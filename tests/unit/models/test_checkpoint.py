@@ -171,3 +171,11 @@ def test_the_base_must_be_the_one_trained_on(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="1024 px, the model is built at 512 px") as error:
         check_base(METADATA, "vit_t", "aa" * 32, 512, tmp_path / "a")
     assert str(tmp_path / "a") in str(error.value)
+
+
+def test_the_grid_must_be_the_one_trained_on() -> None:
+    check_base(METADATA, "vit_t", "aa" * 32, grid="padded")  # an adapter that says nothing
+    check_base({**METADATA, "grid": "unpadded"}, "vit_t", "aa" * 32, grid="unpadded")
+    for stored, built in (({}, "unpadded"), ({"grid": "unpadded"}, "padded")):
+        with pytest.raises(AdapterError, match=f"on the {built} one.*Set model.grid={stored.get('grid', 'padded')}"):
+            check_base({**METADATA, **stored}, "vit_t", "aa" * 32, grid=built)

@@ -227,3 +227,14 @@ def test_a_focal_share_and_adam_are_used(tmp_path: Path, training_cases: list[Pr
     assert type(plain.optimiser) is torch.optim.AdamW and type(focal.optimiser) is torch.optim.Adam
     one, two = plain.fit()[-1], focal.fit()[-1]
     assert two["loss"] < one["loss"], "focal terms are smaller than the cross-entropy they replace"
+
+
+def test_checkpointing_trains_the_same_adapter(tmp_path: Path, training_cases: list[PreparedSlices]) -> None:
+    # With dropout, which must draw the same masks when a block runs for the second time.
+    models = [segmenter(), segmenter()]
+    for model, checkpointing in zip(models, (False, True), strict=True):
+        options = {"epochs": 1, "checkpointing": checkpointing}
+        trainer(tmp_path / "state.pt", training_cases, [], model, **options).fit()
+        assert model.sam.image_encoder.checkpointing is checkpointing
+    plain, checkpointed = (model.adapter_state() for model in models)
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)

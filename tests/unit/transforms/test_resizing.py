@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from medsam_lora.transforms.resizing import (
+    covered_frame,
     masks_from_model_frame,
     masks_to_model_frame,
     model_scale,
@@ -125,3 +126,25 @@ def test_what_was_first_used_in_inference_mode_can_train_afterwards():
     logits = torch.zeros(1, 1, 16, 16, requires_grad=True)
     to_native_frame(logits, 64, (11, 12)).sum().backward()
     assert logits.grad is not None and logits.grad.sum() == pytest.approx(11 * 12, rel=1e-4)
+
+
+@pytest.mark.parametrize(("plane", "size"), [((138, 202), 1024), ((202, 138), 1024), ((9, 13), 64), ((13, 13), 64)])
+def test_the_part_that_an_image_covers(plane, size):
+    h, w = covered_frame(plane, size)
+    _, (rows, columns) = model_scale(plane, size)
+    assert h % 16 == w % 16 == 0 and 0 <= h - rows < 16 and 0 <= w - columns < 16
+    image = torch.randn(1, 2, *plane, generator=torch.Generator().manual_seed(0))
+    whole, part = to_model_frame(image, size), to_model_frame(image, size, (h, w))
+    assert torch.equal(part, whole[..., :h, :w]) and not whole[..., rows:, :].any()
+
+
+def test_the_way_back_from_a_part_of_the_frame_is_that_of_the_frame_but_at_its_border():
+    plane, size = (9, 13), 64
+    (h, w) = covered_frame(plane, size)
+    assert (h, w) == (48, 64)
+    logits = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole = to_native_frame(logits, size, plane)
+    part = to_native_frame(logits[..., : h // 4, : w // 4], size, plane, (h, w))
+    # The last row looks over the border of the part: there is nothing there, so that it keeps to what is inside.
+    assert torch.allclose(part[..., :-1, :], whole[..., :-1, :], atol=1e-6)
+    assert part.shape == whole.shape

@@ -1,0 +1,94 @@
+"""`info --plan` against what a step of the planned run takes in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from medsam_lora.cli import app
+from medsam_lora.config import build_config
+from medsam_lora.stages.plan import as_text, plan
+
+MEASURE = """
+import json, resource, sys
+import torch
+from medsam_lora.config import build_config
+from medsam_lora.models.assemble import build_segmenter
+from medsam_lora.models.footprint import SavedBytes, total
+config = build_config(json.loads(sys.argv[1]))
+n, h, w = map(int, sys.argv[2:])
+torch.ones(64, 64) @ torch.ones(64, 64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+segmenter = build_segmenter(config.model, config.method, config.fusion, ["t1c"], ["WT"], 0, torch.device("cpu"))
+segmenter.sam.image_encoder.checkpointing = config.train.checkpointing
+boxes = torch.tensor([[8.0, 8.0, 60.0, 60.0]] * n)
+optimiser = torch.optim.AdamW([p for p in segmenter.parameters() if p.requires_grad])
+for _ in range(2):
+    optimiser.zero_grad()
+    with SavedBytes(segmenter) as saved:
+        loss = total(segmenter.sam, torch.zeros(n, 3, h, w), boxes)
+    loss.backward()
+    optimiser.step()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"saved_mib": saved.total / 2**20, "peak_mib": (peak - before) / 1024}))
+"""
+
+
+def settings(checkpointing: bool) -> dict:
+    return {
+        "data": {"modalities": ["t1n", "t1c", "t2f", "t2w"]},
+        "crop": {"size": [138, 202]},
+        "model": {"name": "vit_nano", "grid": "unpadded", "image_size": 512, "weights": "random"},
+        "train": {"batch_size": 3, "checkpointing": checkpointing},
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_prediction_is_what_is_measured(checkpointing: bool) -> None:
+    data = settings(checkpointing)
+    found = plan(build_config(data), memory_gib=8)
+    assert found["images_per_step"] == 12
+    assert found["frame"] == [352, 512]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, json.dumps(data), "12", "352", "512"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    measured = json.loads(done.stdout)
+    assert found["saved_mib"] == pytest.approx(measured["saved_mib"], rel=0.01)
+    assert found["peak_mib"] == pytest.approx(measured["peak_mib"], rel=0.25)
+
+
+def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+    data = settings(False)
+    largest = plan(build_config(data), memory_gib=2)["largest_batch"]
+    assert largest > 1
+
+    def peak(batch: int) -> float:
+        return plan(build_config({**data, "train": {"batch_size": batch}}))["peak_mib"]
+
+    assert peak(largest) <= 0.9 * 2048 < peak(largest + 1)
+    assert plan(build_config(data), memory_gib=0.05)["largest_batch"] == 0
+
+
+def test_the_command(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {name: vit_nano, image_size: 64}\n")
+    command = ["info", "--plan", str(path), "--device", "cuda", "--memory-gib", "24"]
+    found = CliRunner().invoke(app, command)
+    assert found.exit_code == 0, found.output
+    assert "train.batch_size=" in found.output
+    assert "assumed: crop.size is not set" in found.output
+    found = CliRunner().invoke(app, [*command, "--json", "--set", "train.checkpointing=true"])
+    assert json.loads(found.output)["settings"]["checkpointing"] is True
+
+
+def test_the_text_says_what_to_do_where_nothing_fits() -> None:
+    assert "train.checkpointing=true" in as_text(plan(build_config(settings(False)), memory_gib=0.05))
