@@ -42,14 +42,17 @@ from segment_anything.modeling import (  # noqa: E402
     TwoWayTransformer,
 )
 from segment_anything.modeling.common import LayerNorm2d  # noqa: E402
+from segment_anything.modeling.image_encoder import Attention, add_decomposed_rel_pos  # noqa: E402
 
 __all__ = [
+    "Attention",
     "ImageEncoderViT",
     "LayerNorm2d",
     "MaskDecoder",
     "PromptEncoder",
     "Sam",
     "TwoWayTransformer",
+    "add_decomposed_rel_pos",
     "build_sam_vit_b",
     "build_sam_vit_h",
     "build_sam_vit_l",
