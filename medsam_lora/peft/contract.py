@@ -271,6 +271,39 @@ class Adaptation:
             edit.exchange(self.model, enable=enable)
 
 
+def swap(model: nn.Module, adaptation: Adaptation | None) -> Adaptation | None:
+    """Attach another adaptation of a model instead of the one that is, by exchanging references: milliseconds.
+
+    Parameters
+    ----------
+    model : Module
+    adaptation : Adaptation or None
+        Of this model; None leaves the base model.
+
+    Returns
+    -------
+    Adaptation or None
+        The one that was attached.
+
+    Raises
+    ------
+    AdapterError
+        Where it is another model's. Nothing is changed then.
+    """
+    if adaptation is not None and adaptation.model is not model:
+        raise AdapterError(
+            f"method {adaptation.name} was made for another model", remedy="Attach it to this model with peft.attach."
+        )
+    before = attached_to(model)
+    if before is adaptation:
+        return before
+    if before is not None:
+        before.detach()
+    if adaptation is not None:
+        adaptation.reattach()
+    return before
+
+
 def attached_to(model: nn.Module) -> Adaptation | None:
     """The adaptation attached to a model, if any."""
     return getattr(model, _MARK, None)

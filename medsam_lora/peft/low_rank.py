@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medsam_lora.errors import AdapterError, ConfigError
+from medsam_lora.peft.full_precision import full_precision
 from medsam_lora.peft.sites import AttentionSite, Projection, Rows
 
 PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v")
@@ -132,7 +133,7 @@ class Branch:
         """
         if not self.options.dora:
             return None
-        with torch.autocast(weight.device.type, enabled=False):
+        with full_precision(weight):
             a, b = self.tensor("A").float(), self.tensor("B").float() * self.options.scale
             cross = (b * functional.linear(weight.float(), a)).sum(dim=1)
             own = (b @ (a @ a.T) * b).sum(dim=1)

@@ -20,6 +20,7 @@ from medsam_lora.errors import AdapterError, ConfigError
 from medsam_lora.peft.contract import Adaptation, GroupRule
 from medsam_lora.peft.decoder import decoder_part, low_rank_rules
 from medsam_lora.peft.edits import Edit, extend
+from medsam_lora.peft.full_precision import full_precision
 from medsam_lora.peft.sites import cache_point_before, chosen_sites, convolution_sites, mlp_sites
 
 GROUP = "encoder.singular"
@@ -42,7 +43,7 @@ class Reconstructed(nn.Module):
 
     def reconstructed(self) -> Tensor:
         """The weight, in the base's shape."""
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with full_precision(self.weight):
             if self.singular_start is None:
                 change = (self.singular_u * (self.singular_values * self.singular_delta)) @ self.singular_vh
             else:
