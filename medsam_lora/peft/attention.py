@@ -14,6 +14,9 @@ from medsam_lora.errors import AdapterError
 from medsam_lora.sam_modules import Attention, add_decomposed_rel_pos
 
 
+_SAM_ATTRIBUTES = ("num_heads", "scale", "qkv", "proj", "rel_pos_h", "rel_pos_w")
+
+
 class Parts(NamedTuple):
     """What attention computes before its softmax.
 
@@ -39,24 +42,26 @@ def take_apart(attention: nn.Module, x: Tensor) -> Parts:
     Parameters
     ----------
     attention : Module
-        SAM's `Attention`, or one with a method ``attention_parts(x) -> q, k, v, bias`` as TinyViT's has.
+        SAM's `Attention` or one with its attributes, or one with a method ``attention_parts(x) -> q, k, v, bias`` as
+        TinyViT's has.
     x : Tensor, shape (n, ..., C)
+        Windows, or the whole grid.
 
     Raises
     ------
     AdapterError
         For any other module.
     """
-    if isinstance(attention, Attention):
+    if isinstance(attention, Attention) or all(hasattr(attention, name) for name in _SAM_ATTRIBUTES):
         n, height, width, _ = x.shape
         heads, cells = attention.num_heads, height * width
         qkv = attention.qkv(x).reshape(n, cells, 3, heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.reshape(3, n * heads, cells, -1).unbind(0)
         scaled = q * attention.scale
         scores = scaled @ k.transpose(-2, -1)
-        if attention.use_rel_pos:
-            grid = height, width
-            scores = add_decomposed_rel_pos(scores, q, attention.rel_pos_h, attention.rel_pos_w, grid, grid)
+        if getattr(attention, "use_rel_pos", True):
+            tables = _middle(attention.rel_pos_h, height), _middle(attention.rel_pos_w, width)
+            scores = add_decomposed_rel_pos(scores, q, *tables, (height, width), (height, width))
         return Parts(*(part.unflatten(0, (n, heads)) for part in (scaled, scores, v)))
     describe = getattr(attention, "attention_parts", None)
     if describe is None:
@@ -67,6 +72,12 @@ def take_apart(attention: nn.Module, x: Tensor) -> Parts:
     q, k, v, bias = describe(x)
     q = q * q.shape[-1] ** -0.5
     return Parts(q, q @ k.transpose(-2, -1) + bias, v)
+
+
+def _middle(table: Tensor, size: int) -> Tensor:
+    """Relative positions (2 L - 1, d) for the `size` cells of a smaller grid: those of its distances, not stretched."""
+    length = (table.shape[0] + 1) // 2
+    return table[length - size : length + size - 1] if size < length else table
 
 
 def put_together(attention: nn.Module, out: Tensor, x: Tensor) -> Tensor:

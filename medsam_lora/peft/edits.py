@@ -129,6 +129,7 @@ def _follow(leaving: nn.Parameter | nn.Module, entering: nn.Parameter | nn.Modul
     for parameter in _parameters(leaving)[:1]:
         # Module.to moves parameters and their gradients in place, so that an optimiser still knows them.
         moved = nn.ParameterList([entering]) if isinstance(entering, nn.Parameter) else entering
-        moved.to(parameter.device)
+        if any(other.device != parameter.device for other in (*moved.parameters(), *moved.buffers())):
+            moved.to(parameter.device)
     if isinstance(leaving, nn.Module) and isinstance(entering, nn.Module):
         entering.train(leaving.training)

@@ -24,6 +24,7 @@ DEFAULT_TOKENS = 10
 class GatedPrefix(nn.Module):
     """An attention with a gated prefix: mixed into the base's class by `extend`."""
 
+    takes_grid = False  # an encoder that hands whole grids to its attention gives windows to this one
     prefix_k: nn.Parameter
     prefix_v: nn.Parameter
     prefix_gate: nn.Parameter

@@ -29,6 +29,7 @@ PATCH_VALUES = 3 * 16 * 16
 class DeepPrompt(nn.Module):
     """An attention with prompt tokens: mixed into the base's class by `extend`."""
 
+    takes_grid = False  # an encoder that hands whole grids to its attention gives windows to this one
     prompt_tokens: nn.Parameter
     prompt_site: AttentionSite
     prompt_norm: tuple[nn.Module]

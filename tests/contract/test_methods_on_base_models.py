@@ -33,7 +33,9 @@ def test_start_disable_merge_and_detach(model_name: str, name: str) -> None:
     base = outputs(model)
     keys = list(model.state_dict())
     adaptation = attach(model, MethodConfig(name=name), 0)
-    assert torch.equal(outputs(model), base) is METHODS[name].identity
+    # Bit for bit with upstream's encoder (test_methods.py); the project's own may add up in another order.
+    start = torch.allclose(outputs(model), base, rtol=0, atol=1e-5 * base.abs().max().item())
+    assert start is METHODS[name].identity
     generator = torch.Generator().manual_seed(0)
     moved = {k: v + 0.02 * torch.randn(v.shape, generator=generator) for k, v in adaptation.state().items()}
     adaptation.load(moved)
