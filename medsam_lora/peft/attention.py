@@ -5,14 +5,13 @@ Keys that are added have no place on the image's grid, so the relative positions
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from medsam_lora.errors import AdapterError
 from medsam_lora.sam_modules import Attention, add_decomposed_rel_pos
-
 
 _SAM_ATTRIBUTES = ("num_heads", "scale", "qkv", "proj", "rel_pos_h", "rel_pos_w")
 
@@ -53,16 +52,7 @@ def take_apart(attention: nn.Module, x: Tensor) -> Parts:
         For any other module.
     """
     if isinstance(attention, Attention) or all(hasattr(attention, name) for name in _SAM_ATTRIBUTES):
-        n, height, width, _ = x.shape
-        heads, cells = attention.num_heads, height * width
-        qkv = attention.qkv(x).reshape(n, cells, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.reshape(3, n * heads, cells, -1).unbind(0)
-        scaled = q * attention.scale
-        scores = scaled @ k.transpose(-2, -1)
-        if getattr(attention, "use_rel_pos", True):
-            tables = _middle(attention.rel_pos_h, height), _middle(attention.rel_pos_w, width)
-            scores = add_decomposed_rel_pos(scores, q, *tables, (height, width), (height, width))
-        return Parts(*(part.unflatten(0, (n, heads)) for part in (scaled, scores, v)))
+        return _of_sam(attention, x)
     describe = getattr(attention, "attention_parts", None)
     if describe is None:
         raise AdapterError(
@@ -72,6 +62,19 @@ def take_apart(attention: nn.Module, x: Tensor) -> Parts:
     q, k, v, bias = describe(x)
     q = q * q.shape[-1] ** -0.5
     return Parts(q, q @ k.transpose(-2, -1) + bias, v)
+
+
+def _of_sam(attention: Any, x: Tensor) -> Parts:
+    n, height, width, _ = x.shape
+    heads, cells = attention.num_heads, height * width
+    qkv = attention.qkv(x).reshape(n, cells, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.reshape(3, n * heads, cells, -1).unbind(0)
+    scaled = q * attention.scale
+    scores = scaled @ k.transpose(-2, -1)
+    if getattr(attention, "use_rel_pos", True):
+        tables = _middle(attention.rel_pos_h, height), _middle(attention.rel_pos_w, width)
+        scores = add_decomposed_rel_pos(scores, q, *tables, (height, width), (height, width))
+    return Parts(*(part.unflatten(0, (n, heads)) for part in (scaled, scores, v)))
 
 
 def _middle(table: Tensor, size: int) -> Tensor:
