@@ -65,4 +65,4 @@ def test_trained_reloaded_and_predicted(
         decay = float(rows[-1]["lr_decoder"]) / 1e-3 if rows[-1]["lr_decoder"] else None
         assert decay is None or float(shown) / encoder_rate == pytest.approx(decay, rel=1e-6)
     outcome = predict(manifest, root, tmp_path / "run", tmp_path / "out", settings, split="val", device="cpu")
-    assert len(outcome.done) == 1 and not outcome.failed
+    assert outcome.done and len(outcome.done) == record["n_val_cases"] and not outcome.failed
