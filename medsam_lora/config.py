@@ -155,6 +155,9 @@ class MethodConfig(Section):
     tokens: int | None = Field(
         None, ge=1, description="Learned tokens; null is 10 per block for prefix and vpt_deep, 2 for prompt_tokens."
     )
+    depth: int = Field(
+        1, ge=1, description="Slices of a stack of sd_trans, odd; 1 is the plane alone. Memory grows with it."
+    )
     layers: list[Literal["neck", "patch", "linears"]] = Field(
         ["neck"],
         min_length=1,

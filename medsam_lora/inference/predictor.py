@@ -15,6 +15,7 @@ from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.prompts.box import boxes_from_mask
 from medsam_lora.records import PreparedSlices
 from medsam_lora.transforms.intensity import zscore
+from medsam_lora.transforms.slicing import stack_around
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def predict_slices(
         with torch.inference_mode(), autocast(segmenter.device, options.amp):
             for first in range(0, len(prompted), options.batch_size):
                 chunk = prompted[first : first + options.batch_size]
-                z = np.stack([zscore(np.asarray(case.image[n]), case.mean[n], case.std[n], case.voxels) for n in chunk])
+                z = np.stack([stack_of(case, n, segmenter.adaptation.report.depth) for n in chunk])
                 output = segmenter(
                     torch.from_numpy(z).to(segmenter.device), [boxes[case.ks[n]] for n in chunk], present
                 )
@@ -75,6 +76,13 @@ def predict_slices(
     finally:
         segmenter.train(was_training)
     return nested(masks.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+def stack_of(case: PreparedSlices, n: int, depth: int) -> np.ndarray:
+    """A slice z-scored, (M, X, Y), or with its neighbours (depth, M, X, Y) where `depth` is more than 1."""
+    taken = stack_around(case.ks, n, depth)
+    z = [zscore(np.asarray(case.image[i]), case.mean[i], case.std[i], case.voxels) for i in taken]
+    return np.stack(z) if depth > 1 else z[0]
 
 
 @dataclass(frozen=True)

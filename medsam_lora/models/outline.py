@@ -34,7 +34,7 @@ def outline(name: str, image_size: int | None = None) -> SamModel:
     return model.eval()
 
 
-def encoder_macs(model: SamModel) -> int:
+def encoder_macs(model: SamModel, depth: int = 1) -> int:
     """Multiply-accumulate operations of the image encoder for one more image.
 
     Every matrix product and convolution counts, those of the attention (scores, relative positions, weighted values)
@@ -45,8 +45,10 @@ def encoder_macs(model: SamModel) -> int:
     ----------
     model : SamModel
         On the meta device.
+    depth : int
+        Slices that are encoded for one that is predicted.
     """
-    one, two = (_count(model, n) for n in (1, 2))
+    one, two = (_count(model, n) for n in (depth, 2 * depth))
     return two - one
 
 

@@ -151,14 +151,20 @@ class Segmenter(nn.Module):
 
         Parameters
         ----------
-        z : Tensor of float32, shape (B, M, X, Y)
-            Background exactly 0.
+        z : Tensor of float32, shape (B, M, X, Y) or (B, depth, M, X, Y)
+            Background exactly 0. Stacks of neighbouring slices where the method looks at several (`Report.depth`).
 
         Returns
         -------
         Tensor, shape (B * M, D, s, s)
-            Slice-major: image ``b * M + m`` is modality m of slice b.
+            Slice-major: image ``b * M + m`` is modality m of slice b, the middle one of a stack.
         """
+        depth = self.adaptation.report.depth
+        if depth > 1:
+            # Each stack one after the other: slices of one case and modality.
+            stacks = z.transpose(1, 2).flatten(0, 1)
+            pixels = to_model_frame(self.input_spec.to_pixels(stacks), self.sam.image_size)
+            return self.sam.encode(pixels).unflatten(0, (len(stacks), depth))[:, depth // 2]
         return self.sam.encode(to_model_frame(self.input_spec.to_pixels(z), self.sam.image_size))
 
     def forward(
@@ -172,8 +178,8 @@ class Segmenter(nn.Module):
 
         Parameters
         ----------
-        z : Tensor of float32, shape (B, M, X, Y)
-            Z-scored slices on the crop grid, background exactly 0.
+        z : Tensor of float32, shape (B, M, X, Y) or (B, depth, M, X, Y)
+            Z-scored slices on the crop grid, background exactly 0; stacks of them as of `encode`.
         boxes : sequence of B ndarrays of float, shape (n_b, 4)
             (i0, j0, i1, j1) on voxel edges of the crop grid, at least one per slice.
         present : sequence of M int, optional
@@ -188,9 +194,13 @@ class Segmenter(nn.Module):
         Raises
         ------
         ValueError
-            Where a slice has no box, or the channels are not as many as the modalities present.
+            Where a slice has no box, the channels are not as many as the modalities present, or stacks not as deep as
+            the method asks.
         """
-        n_slices, n_channels, *shape = z.shape
+        depth = self.adaptation.report.depth
+        if z.ndim != (5 if depth > 1 else 4) or (depth > 1 and z.shape[1] != depth):
+            raise ValueError(f"slices of shape {tuple(z.shape)}: the method looks at stacks of {depth}")
+        n_slices, (n_channels, *shape) = len(z), z.shape[-3:]
         n_expected = len(self.modalities) if present is None else len(present)
         if n_channels != n_expected or len(boxes) != n_slices or any(len(b) == 0 for b in boxes):
             raise ValueError(

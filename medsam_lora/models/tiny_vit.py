@@ -215,11 +215,12 @@ class TinyViTBlock(nn.Module):
         self.local_conv = ConvNorm(width, width, 3, groups=width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self._attend(x)
+        x = x + self.attended(x)
         x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x + self.mlp(x)
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def attended(self, x: Tensor) -> Tensor:
+        """What attention adds to x."""
         batch, height, width, channels = x.shape
         w = self.window
         down, across = math.ceil(height / w), math.ceil(width / w)

@@ -153,6 +153,14 @@ METHODS: Final[Mapping[str, MethodSpec]] = {
         "medsam_lora.peft.layernorm",
         DECODER_OPTIONS,
     ),
+    "sd_trans": MethodSpec(
+        "sd_trans",
+        "attention over neighbouring slices and three adapters in every block, and the mask decoder",
+        "Wu et al. 2023, Medical SAM Adapter, arXiv 2304.12620",
+        False,
+        "medsam_lora.peft.sd_trans",
+        ("depth", "bottleneck", "blocks", *DECODER_OPTIONS),
+    ),
     "full": MethodSpec(
         "full",
         "the whole image encoder and mask decoder; the prompt encoder stays frozen",

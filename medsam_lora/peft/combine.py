@@ -49,6 +49,7 @@ def combine(model: nn.Module, config: MethodConfig, parts: Sequence[Adaptation])
         [edit for _, edit in edits.values()],
         expected_count=count,
         cache_point=min(points, key=_depth),
+        depth=max(part.report.depth for part in parts),
         rules=rules,
     )
 

@@ -68,12 +68,16 @@ class Report:
         attention block k), or None. Nothing behind it may be cached, since it is computed from trained tensors.
     mergeable : bool
         Whether `Adaptation.merge` is possible.
+    depth : int
+        Slices of a stack: the image encoder is to be given whole stacks, one after the other, each of neighbouring
+        slices of one case and modality, of which the middle one is predicted. 1: single slices.
     """
 
     method: str
     tensors: tuple[TrainableTensor, ...]
     cache_point: str | None
     mergeable: bool
+    depth: int = 1
 
     @property
     def count(self) -> int:
@@ -93,6 +97,8 @@ class Adaptation:
         Trainable parameters by the method's closed form; a different number is refused.
     cache_point : str, optional
         See `Report`.
+    depth : int
+        See `Report`.
     rules : mapping of str to GroupRule, optional
         Learning-rate groups of the edits that are trained otherwise than the settings say.
 
@@ -110,6 +116,7 @@ class Adaptation:
         *,
         expected_count: int,
         cache_point: str | None = None,
+        depth: int = 1,
         rules: Mapping[str, GroupRule] | None = None,
     ) -> None:
         self.model = model
@@ -126,6 +133,7 @@ class Adaptation:
             tuple(TrainableTensor(name, tuple(p.shape), group) for name, (p, group) in self._trainable.items()),
             cache_point,
             all(edit.mergeable for edit in self.edits),
+            depth,
         )
         if self.report.count != expected_count:
             raise AdapterError(

@@ -19,6 +19,7 @@ VARIANTS: Final[Sequence[MethodConfig]] = (
     MethodConfig(name="lora", rank=4, decoder="lora"),
     MethodConfig(name="lora", blocks="last 4"),
     MethodConfig(name="lora", decoder="frozen"),
+    MethodConfig(name="sd_trans", depth=3),
     MethodConfig(name="sam_parser", layers=["linears"]),
     MethodConfig(name="sam_parser", layers=["neck", "linears"]),
     MethodConfig(name="sam_parser", bases=True),
@@ -67,9 +68,10 @@ def methods(model: str = "vit_b", only: MethodConfig | None = None) -> list[dict
     list of dict
         ``method``; ``options`` (those it reads, with their values); ``encoder_parameters`` (what it adds or trains in
         the image encoder) and ``encoder_ki`` (in units of 1024); ``trainable_parameters`` (with the mask decoder where
-        it trains it) and ``share_of_model``; ``gmac_per_image`` of the adapted image encoder and
-        ``extra_gmac_per_image`` over the base's; ``cache_point``; ``mergeable``; ``source``; ``summary``; ``paper``
-        (``printed``, ``agrees``, ``note``; None where SAM-PARSER's Table 4 has no such row).
+        it trains it) and ``share_of_model``; ``gmac_per_image`` of the adapted image encoder (for a slice that is
+        predicted: sd_trans encodes a stack for it) and ``extra_gmac_per_image`` over the base's; ``cache_point``;
+        ``mergeable``; ``source``; ``summary``; ``paper`` (``printed``, ``agrees``,
+        ``note``; None where SAM-PARSER's Table 4 has no such row).
 
     Raises
     ------
@@ -130,7 +132,7 @@ def _row(base: SamModel, config: MethodConfig, base_macs: int, n_parameters: int
     report = adaptation.report
     in_encoder = sum(t.count for t in report.tensors if t.name.startswith("image_encoder."))
     # Where tensors alone are exchanged, the encoder computes what it computed.
-    macs = encoder_macs(base) if any(_adds_work(edit) for edit in adaptation.edits) else base_macs
+    macs = encoder_macs(base, report.depth) if any(_adds_work(edit) for edit in adaptation.edits) else base_macs
     adaptation.detach()
     return {
         "method": config.name,

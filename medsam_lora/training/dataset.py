@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from medsam_lora.errors import TrainingError
+from medsam_lora.inference.predictor import stack_of
 from medsam_lora.labels import region_mask
 from medsam_lora.prompts.box import boxes_from_mask, jitter
 from medsam_lora.records import PreparedSlices
 from medsam_lora.transforms.augment import random_flip
-from medsam_lora.transforms.intensity import zscore
 from medsam_lora.transforms.resizing import model_scale
 
 
@@ -46,7 +46,7 @@ class Sample:
 
     Parameters
     ----------
-    z : ndarray of float32, shape (M, X, Y)
+    z : ndarray of float32, shape (M, X, Y) or (depth, M, X, Y)
     masks : ndarray of bool, shape (R, X, Y)
     boxes : ndarray of float32, shape (n, 4)
         (i0, j0, i1, j1) on voxel edges of the crop grid.
@@ -59,7 +59,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one size: `z` (B, M, X, Y), `masks` (B, R, X, Y) bool, and B arrays of boxes."""
+    """Samples of one size: `z` (B, M, X, Y) or (B, depth, M, X, Y), `masks` (B, R, X, Y) bool, B arrays of boxes."""
 
     z: Tensor
     masks: Tensor
@@ -77,6 +77,8 @@ class SliceDataset:
     prompts : PromptOptions
     image_size : int
         Side of the model frame, in which jitter is counted.
+    depth : int
+        Slices of a sample: 1, or the odd depth of a method that looks at neighbours (`peft.contract.Report`).
 
     Raises
     ------
@@ -85,12 +87,18 @@ class SliceDataset:
     """
 
     def __init__(
-        self, cases: Sequence[PreparedSlices], regions: Sequence[str], prompts: PromptOptions, image_size: int
+        self,
+        cases: Sequence[PreparedSlices],
+        regions: Sequence[str],
+        prompts: PromptOptions,
+        image_size: int,
+        depth: int = 1,
     ) -> None:
         self.cases = list(cases)
         self.regions = tuple(regions)
         self.prompts = prompts
         self.image_size = image_size
+        self.depth = depth
         self.index: list[tuple[int, int]] = []
         # Where the boxes of a slice come from: itself, or for a tumour-free slice the nearest slice with tumour of
         # its case, as a 3-D box drawn around a lesion would also pass over slices beyond its ends.
@@ -130,7 +138,7 @@ class SliceDataset:
         c, n = self.index[item]
         case = self.cases[c]
         assert case.label is not None
-        z = zscore(np.asarray(case.image[n]), case.mean[n], case.std[n], case.voxels)
+        z = stack_of(case, n, self.depth)
         label = np.asarray(case.label[n])
         masks = np.stack([region_mask(label, region) for region in self.regions])
         boxes = self._boxes(case.label[self.box_slice[item]])

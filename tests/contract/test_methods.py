@@ -39,7 +39,7 @@ CASES = [pytest.param(e, c, id=f"{e}-{c.name}-{i}") for e in ENCODERS for i, c i
 CASES += [pytest.param("vit", c, id=f"vit-{c.name}-variant{i}") for i, c in enumerate(VIT_VARIANTS)]
 TRAINED = [case for case in CASES if case.values[1].name != "zero_shot"]
 # Methods that draw their start.
-DRAWS = {"lora", "adapter", "adaptformer", "prompt_generator", "prefix", "vpt_deep"}
+DRAWS = {"lora", "adapter", "adaptformer", "prompt_generator", "prefix", "vpt_deep", "sd_trans"}
 
 _BASES = {encoder: toy_sam(encoder) for encoder in ENCODERS}
 
@@ -180,6 +180,8 @@ def encoder_count(encoder: str, n_parameters: int, config: MethodConfig) -> int:
         return sum(
             w * m + m + 2 * m + 9 * m + 2 * m + m * w + w + 2 * w for w in (w for w, _, _ in chosen) for m in [w // 4]
         )
+    if name == "sd_trans":  # without stacks: two bottlenecks of a quarter of the width
+        return sum(2 * (2 * w * (w // 4) + w // 4 + w) for w, _, _ in chosen)
     if name == "prefix":
         p = config.tokens or 10
         return sum(2 * p * w + heads for w, _, heads in chosen)

@@ -59,6 +59,7 @@ def test_every_method_is_there_with_the_keys_that_are_promised(vit_b: list[dict[
         ("prefix", {}, 184_464),  # 12 x (2 x 10 x 768 + 12)
         ("vpt_deep", {}, 92_160),  # 12 x 10 x 768
         ("prompt_tokens", {}, 0),
+        ("sd_trans", {"depth": 3}, 10_651_392),  # 12 x 3 x (2 x 768 x 192 + 192 + 768)
         ("sam_parser", {}, 512),
         ("sam_parser", {"layers": ["linears"]}, 36_864),  # 48 Linears of rank 768
         ("sam_parser", {"layers": ["neck", "linears"]}, 37_376),

@@ -44,6 +44,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
         ({"name": "sam_parser", "decoder": "frozen"}, 5e-3),
         ({"name": "prefix", "tokens": 2, "blocks": "global", "decoder": "lora"}, 1e-3),
         ({"name": "prompt_tokens"}, None),
+        ({"name": "sd_trans", "depth": 3, "bottleneck": 4}, 1e-3),
     ],
     ids=lambda value: value["name"] if isinstance(value, dict) else "",
 )

@@ -244,3 +244,53 @@ def test_an_attention_that_does_not_say_how_it_is_computed_is_refused() -> None:
 
     with pytest.raises(AdapterError, match="does not say how it is computed"):
         take_apart(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@torch.no_grad()
+def test_the_depth_branch_by_its_formula_cell_by_cell(encoder: str) -> None:
+    model = toy_sam(encoder)
+    site = attention_sites(model.image_encoder)[0]
+    shaken(model, MethodConfig(name="sd_trans", depth=3, decoder="frozen"))
+    block = model.image_encoder.get_submodule(site.name)
+    x = torch.randn(6, 5, 3, site.dim_in, generator=torch.Generator().manual_seed(1))
+    out = block.across(x)
+    qkv, norm, proj = (model.image_encoder.get_submodule(name) for name in (site.qkv, site.norm, site.proj))
+    for stack, row, column in ((0, 0, 0), (1, 4, 2), (0, 3, 1)):
+        cell = x[3 * stack : 3 * stack + 3, row, column]
+        q, k, v = (part.transpose(0, 1) for part in heads_of(qkv(norm(cell)), site))
+        weights = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        expected = (weights @ v).transpose(0, 1).flatten(1) @ proj.weight.T + proj.bias
+        assert torch.allclose(out[3 * stack : 3 * stack + 3, row, column], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@torch.no_grad()
+def test_stacks_never_mix_and_neighbours_do(encoder: str) -> None:
+    model = toy_sam(encoder)
+    shaken(model, MethodConfig(name="sd_trans", depth=3, decoder="frozen"))
+    pixels = toy_batch(6)[0]
+    before = model.image_encoder(pixels)
+    other_case = pixels.clone()
+    other_case[3:] = other_case[[5, 3, 4]] + 1
+    assert torch.equal(model.image_encoder(other_case)[:3], before[:3])
+    neighbour = pixels.clone()
+    neighbour[2] += 1
+    after = model.image_encoder(neighbour)
+    assert (after[:2] - before[:2]).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+    assert torch.equal(after[3:], before[3:])
+    with pytest.raises(ValueError, match="4 images are no stacks of 3 slices"):
+        model.image_encoder(pixels[:4])
+
+
+def test_the_depth_of_a_stack() -> None:
+    model = toy_sam("vit")
+    with pytest.raises(ConfigError, match="needs one in its middle"):
+        attach(model, MethodConfig(name="sd_trans", depth=2), 0)
+    adaptation = attach(model, MethodConfig(name="sd_trans+layernorm", depth=5, decoder="frozen"), 0)
+    # Three bottlenecks of 32 -> 8 -> 32 in two blocks; LayerNorms of the blocks and the neck.
+    assert adaptation.report.count == 2 * 3 * (2 * 32 * 8 + 8 + 32) + 4 * 2 * 32 + 4 * 32
+    assert adaptation.report.depth == 5
+    pixels, _, _ = toy_batch(5)
+    base = toy_sam("vit").image_encoder(pixels)
+    assert torch.equal(model.image_encoder(pixels), base)
