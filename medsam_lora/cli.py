@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from medsam_lora import __version__
-from medsam_lora.commands import about, comparing, data, learning, pretraining, reporting, whole
+from medsam_lora.commands import about, adapting, comparing, data, learning, pretraining, reporting, whole
 from medsam_lora.errors import MedsamLoraError
 
 UNUSABLE_INPUT = 2
@@ -46,6 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("info")(about.info)
+app.command("methods")(about.methods)
 app.add_typer(data.manifest_app, name="manifest")
 app.command("verify")(data.verify)
 app.command("prepare")(data.prepare)
@@ -58,6 +59,7 @@ app.command("report")(reporting.report)
 app.command("run")(whole.run)
 app.command("demo")(whole.demo)
 app.command("pretrain")(pretraining.pretrain)
+app.add_typer(adapting.adapter_app, name="adapter")
 app.add_typer(about.weights_app, name="weights")
 app.command("config")(about.show_config)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -133,19 +133,48 @@ class ModelConfig(Section):
 
 
 class MethodConfig(Section):
-    """The adaptation; options that a method does not know are ignored by it and listed as such by `methods`."""
+    """The adaptation; a method ignores the options that it does not read (`medsam-lora methods` lists those)."""
 
-    name: str = Field("lora", description="A key of METHODS: zero_shot, decoder_only, lora, full.")
+    name: str = Field("lora", description="A key of METHODS, or several joined by +, such as sam_parser+lora.")
+    decoder: Literal["full", "lora", "frozen"] = Field(
+        "full", description="Whether the mask decoder is trained as well: whole, by low-rank branches, or not."
+    )
+    blocks: list[int] | Annotated[str, Field(pattern=r"^(global|last [1-9]\d*)$")] | None = Field(
+        None,
+        description="Encoder blocks adapted: indices, negative from the end; global (those with global attention); "
+        "last k; null is all of them.",
+    )
     rank: int = Field(8, ge=1, description="LoRA rank.")
-    alpha: float = Field(8.0, gt=0, description="LoRA numerator; the delta is scaled by alpha / rank.")
+    alpha: float = Field(8.0, gt=0, description="LoRA numerator of the scale.")
+    scaling: Literal["alpha/r", "alpha/sqrt(r)", "none"] = Field(
+        "alpha/r", description="LoRA scale of the branch: alpha / rank, rank-stabilised, or 1."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the LoRA input.")
     targets: list[Literal["q", "k", "v", "proj", "mlp"]] = Field(
-        ["q", "v"], min_length=1, description="Encoder projections that receive LoRA."
+        ["q", "v"], min_length=1, description="Projections that receive LoRA."
     )
-    blocks: list[int] | None = Field(
-        None, description="Encoder blocks adapted, negative from the end; null is all of them."
+    dora: bool = Field(False, description="LoRA with trained row magnitudes (DoRA).")
+    init: Literal["kaiming", "pissa"] = Field(
+        "kaiming", description="LoRA start: A random and B zero, or the largest singular values of the base (PiSSA)."
     )
-    decoder: Literal["full", "frozen"] = Field("full", description="Whether the mask decoder is trained as well.")
+    lora_plus: float = Field(1.0, gt=0, description="Learning rate of LoRA's B over that of A (LoRA+).")
+    bottleneck: int | None = Field(
+        None, ge=1, description="Width inside an adapter; null is 64, or a quarter of the block's for prompt_generator."
+    )
+    adapter_scale: float = Field(0.1, gt=0, description="Factor of the parallel branch of adaptformer.")
+    tokens: int | None = Field(
+        None, ge=1, description="Learned tokens; null is 10 per block for prefix and vpt_deep, 2 for prompt_tokens."
+    )
+    depth: int = Field(
+        1, ge=1, description="Slices of a stack of sd_trans, odd; 1 is the plane alone. Memory grows with it."
+    )
+    layers: list[Literal["neck", "patch", "linears"]] = Field(
+        ["neck"],
+        min_length=1,
+        description="What sam_parser decomposes: convolutions of the neck, of the patch embedding, Linears of blocks.",
+    )
+    bases: bool = Field(False, description="Also train the singular vectors of sam_parser.")
+    lr_singular: float = Field(5e-3, gt=0, description="Learning rate of the singular values of sam_parser.")
 
 
 class FusionConfig(Section):

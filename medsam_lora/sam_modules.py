@@ -42,15 +42,25 @@ from segment_anything.modeling import (  # noqa: E402
     TwoWayTransformer,
 )
 from segment_anything.modeling.common import LayerNorm2d  # noqa: E402
+from segment_anything.modeling.image_encoder import (  # noqa: E402
+    Attention,
+    add_decomposed_rel_pos,
+    window_partition,
+    window_unpartition,
+)
 
 __all__ = [
+    "Attention",
     "ImageEncoderViT",
     "LayerNorm2d",
     "MaskDecoder",
     "PromptEncoder",
     "Sam",
     "TwoWayTransformer",
+    "add_decomposed_rel_pos",
     "build_sam_vit_b",
     "build_sam_vit_h",
     "build_sam_vit_l",
+    "window_partition",
+    "window_unpartition",
 ]

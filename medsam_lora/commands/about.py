@@ -1,4 +1,4 @@
-"""``info``, ``config`` and ``weights``: what is there and what can be set."""
+"""``info``, ``methods``, ``config`` and ``weights``: what is there and what can be set."""
 
 from __future__ import annotations
 
@@ -47,6 +47,21 @@ def info(
         found = planning.plan(options.read_config(plan, settings), device=kind, memory_gib=memory)
         as_text = planning.as_text
     typer.echo(json.dumps(found, indent=2) if as_json else as_text(found))
+
+
+def methods(
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="The base model.")] = "vit_b",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with stable keys.")] = False,
+    config: options.ConfigOption = None,
+    settings: options.SetOption = None,
+) -> None:
+    """Print what every method trains and costs; with --set, that of one."""
+    only = None if config is None and not settings else options.read_config(config, settings).method
+    from medsam_lora.stages.methods import as_text
+    from medsam_lora.stages.methods import methods as count
+
+    rows = count(model, only)
+    typer.echo(json.dumps(rows, indent=2) if as_json else as_text(rows, model))
 
 
 def show_config(

@@ -17,6 +17,7 @@ from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.prompts.box import boxes_from_mask
 from medsam_lora.records import PreparedSlices
 from medsam_lora.transforms.intensity import zscore
+from medsam_lora.transforms.slicing import stack_around
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def embed_case(
     embeddings: dict[int, torch.Tensor] = {}
 
     def embed(chunk: list[int]) -> None:
-        z = _normalised(case, chunk, segmenter.device)
+        z = _normalised(segmenter, case, chunk)
         computed = segmenter.embed(z, _present(segmenter, case)).unflatten(0, (len(chunk), -1)).cpu()
         embeddings.update({case.ks[n]: one for n, one in zip(chunk, computed, strict=True)})
 
@@ -120,7 +121,7 @@ def predict_slices(
     def predict(chunk: list[int]) -> None:
         prompts = [boxes[case.ks[n]] for n in chunk]
         if embeddings is None:
-            output = segmenter(_normalised(case, chunk, segmenter.device), prompts, present)
+            output = segmenter(_normalised(segmenter, case, chunk), prompts, present)
         else:
             stacked = torch.cat([embeddings[case.ks[n]] for n in chunk]).to(segmenter.device)
             output = segmenter.decode(stacked, prompts, (x, y), present)
@@ -148,12 +149,26 @@ def _present(segmenter: Segmenter, case: PreparedSlices) -> list[int]:
     return [segmenter.modalities.index(name) for name in case.modalities]
 
 
-def _normalised(case: PreparedSlices, numbers: list[int], device: torch.device) -> torch.Tensor:
-    """z-scored slices (B, M, X, Y): raw voxels travel to the device, half as many bytes, and are normalised there."""
-    raw = torch.from_numpy(np.ascontiguousarray(case.image[numbers]))
+def _normalised(segmenter: Segmenter, case: PreparedSlices, numbers: list[int]) -> torch.Tensor:
+    """z-scored slices, or stacks: raw voxels travel to the device, half as many bytes, and are normalised there."""
+    depth, device = segmenter.adaptation.report.depth, segmenter.device
+    raw, mean, std = (np.stack(parts) for parts in zip(*(stack_of(case, n, depth) for n in numbers), strict=True))
+    voxels = torch.from_numpy(raw)
     if device.type == "cuda":
-        raw = raw.pin_memory().to(device, non_blocking=True)
-    return zscore(raw, case.mean[numbers], case.std[numbers], case.voxels)
+        voxels = voxels.pin_memory().to(device, non_blocking=True)
+    return zscore(voxels, mean, std, case.voxels)
+
+
+def stack_of(case: PreparedSlices, n: int, depth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A slice (M, X, Y) as in the file, or with its neighbours (depth, M, X, Y) where `depth` is more than 1.
+
+    Returns
+    -------
+    raw, mean, std : ndarray
+        `mean` and `std` without the axes of the plane.
+    """
+    taken: list[int] | int = stack_around(case.ks, n, depth) if depth > 1 else n
+    return np.asarray(case.image[taken]), case.mean[taken], case.std[taken]
 
 
 @dataclass(frozen=True)

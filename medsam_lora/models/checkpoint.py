@@ -141,7 +141,7 @@ def check_base(
     path: Path | None = None,
     grid: str | None = None,
 ) -> None:
-    """Refuse a base model that an adapter was not trained on.
+    """Refuse a base model that an adapter was not trained on, naming the weights of both.
 
     Parameters
     ----------
@@ -162,9 +162,10 @@ def check_base(
     AdapterError
         Naming what the adapter was trained on and what it was given.
     """
+    both = f"the adapter's base is {metadata['base_sha256']}, this one {base_sha256}"
     if metadata["model_name"] != model_name:
         raise AdapterError(
-            f"the adapter was trained on {metadata['model_name']}, not on {model_name}",
+            f"the adapter was trained on {metadata['model_name']}, not on {model_name} ({both})",
             path=path,
             remedy=f"Set model.name={metadata['model_name']}.",
         )
@@ -176,7 +177,7 @@ def check_base(
         )
     if image_size is not None and metadata["image_size"] != image_size:
         raise AdapterError(
-            f"the adapter was trained at {metadata['image_size']} px, the model is built at {image_size} px",
+            f"the adapter was trained at {metadata['image_size']} px, the model is built at {image_size} px ({both})",
             path=path,
             remedy=f"Set model.image_size={metadata['image_size']}.",
         )

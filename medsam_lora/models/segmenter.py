@@ -124,10 +124,12 @@ class Segmenter(nn.Module):
         Returns
         -------
         bool
-            False where there is no room, or the method changes the encoder from its beginning; then nothing is cached.
+            False where there is no room, or the method changes the encoder from its beginning or looks at stacks of
+            slices; then nothing is cached.
         """
         point = self.adaptation.report.cache_point
-        if max_bytes <= 0 or not (point or fixed):
+        # Slices of a stack would be kept once for every stack they are in.
+        if max_bytes <= 0 or not (point or fixed) or self.adaptation.report.depth > 1:
             return False
         # A frozen encoder's embeddings are the same under every adapter.
         own = {"adapter": fixed} if fixed and point != "embedding" else {}
@@ -188,24 +190,32 @@ class Segmenter(nn.Module):
 
         Parameters
         ----------
-        z : Tensor of float32, shape (B, M, X, Y)
-            Background exactly 0.
+        z : Tensor of float32, shape (B, M, X, Y) or (B, depth, M, X, Y)
+            Background exactly 0. Stacks of neighbouring slices where the method looks at several (`Report.depth`).
 
         Returns
         -------
         Tensor, shape (B * M, D, h, w)
-            Slice-major: image ``b * M + m`` is modality m of slice b. Of the whole model frame, or on the unpadded grid
-            of the part the slices reach.
+            Slice-major: image ``b * M + m`` is modality m of slice b, the middle one of a stack. Of the whole model
+            frame, or on the unpadded grid of the part the slices reach.
         """
+        depth = self.adaptation.report.depth
+        if depth == 1:
+            return self._encoded(self._pixels(z))
+        # Each stack one after the other: slices of one case and modality.
+        stacks = z.transpose(1, 2).flatten(0, 1)
+        return self._encoded(self._pixels(stacks)).unflatten(0, (len(stacks), depth))[:, depth // 2]
+
+    def _encoded(self, pixels: Tensor) -> Tensor:
         point = self.adaptation.report.cache_point
         if point is None:
-            return self.sam.encode(self._pixels(z))
+            return self.sam.encode(pixels)
         # What no training changes runs without autograd, cached or not.
         if point == "embedding":
             with torch.no_grad():
-                return self.sam.encode(self._pixels(z))
+                return self.sam.encode(pixels)
         encoder = self.sam.image_encoder
-        return cache_points.onward(encoder, cache_points.until(encoder, self._pixels(z), point), point)
+        return cache_points.onward(encoder, cache_points.until(encoder, pixels, point), point)
 
     def frame(self, shape: Plane) -> Plane:
         """The part of the model frame that slices of this shape are encoded on, in model pixels."""
@@ -223,8 +233,8 @@ class Segmenter(nn.Module):
 
         Parameters
         ----------
-        z : Tensor of float32, shape (B, M, X, Y)
-            Z-scored slices on the crop grid, background exactly 0.
+        z : Tensor of float32, shape (B, M, X, Y) or (B, depth, M, X, Y)
+            Z-scored slices on the crop grid, background exactly 0; stacks of them as of `encode`.
         boxes : sequence of B ndarrays of float, shape (n_b, 4)
             (i0, j0, i1, j1) on voxel edges of the crop grid, at least one per slice.
         present : sequence of M int, optional
@@ -239,9 +249,13 @@ class Segmenter(nn.Module):
         Raises
         ------
         ValueError
-            Where a slice has no box, or the channels are not as many as the modalities present.
+            Where a slice has no box, the channels are not as many as the modalities present, or stacks not as deep as
+            the method asks.
         """
-        n_slices, n_channels, *shape = z.shape
+        depth = self.adaptation.report.depth
+        if z.ndim != (5 if depth > 1 else 4) or (depth > 1 and z.shape[1] != depth):
+            raise ValueError(f"slices of shape {tuple(z.shape)}: the method looks at stacks of {depth}")
+        n_slices, (n_channels, *shape) = len(z), z.shape[-3:]
         n_expected = len(self.modalities) if present is None else len(present)
         if n_channels != n_expected or len(boxes) != n_slices or any(len(b) == 0 for b in boxes):
             raise ValueError(

@@ -68,12 +68,15 @@ class ConvNorm(nn.Module):
         self.bn = FrozenBatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.c) is not nn.Conv2d:  # wrapped by an adaptation: its own forward must run
+        # An adaptation that only changes the kernel says so; of any other, its own forward must run.
+        reconstructed = getattr(self.c, "reconstructed", None)
+        if reconstructed is None and type(self.c) is not nn.Conv2d:
             return self.bn(self.c(x))
         mean, variance = self.bn.running_mean, self.bn.running_var
         assert mean is not None and variance is not None  # track_running_stats is on
         scale = self.bn.weight * torch.rsqrt(variance + self.bn.eps)
-        kernel = self.c.weight * scale[:, None, None, None]
+        weight = self.c.weight if reconstructed is None else reconstructed()
+        kernel = weight * scale[:, None, None, None]
         bias = self.bn.bias - mean * scale
         return F.conv2d(x, kernel, bias, self.c.stride, self.c.padding, self.c.dilation, self.c.groups)
 
@@ -175,14 +178,18 @@ class Attention(nn.Module):
         # Not in the published checkpoint: it follows from the window.
         self.register_buffer("bias_index", offset_index(window), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        windows, cells, width = x.shape
+    def attention_parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (n, heads, N, d), and what is added to their scores, (heads, N, N)."""
+        windows, cells, _ = x.shape
         qkv = self.qkv(self.norm(x)).view(windows, cells, self.num_heads, -1).transpose(1, 2)
         q, k, v = qkv.chunk(3, dim=-1)
-        bias = self.attention_biases[:, self.bias_index]
+        return q, k, v, self.attention_biases[:, self.bias_index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, bias = self.attention_parts(x)
         # On the CPU two matrix products are 4-10 % faster than the fused kernel, which checks the mask for -inf.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias) if x.is_cuda else attend(q, k, v, bias)
-        return self.proj(out.transpose(1, 2).reshape(windows, cells, width))
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
 
 
 class Mlp(nn.Module):
@@ -209,11 +216,12 @@ class TinyViTBlock(nn.Module):
         self.local_conv = ConvNorm(width, width, 3, groups=width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self._attend(x)
+        x = x + self.attended(x)
         x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x + self.mlp(x)
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def attended(self, x: Tensor) -> Tensor:
+        """What attention adds to x."""
         batch, height, width, channels = x.shape
         w = self.window
         down, across = math.ceil(height / w), math.ceil(width / w)
@@ -287,15 +295,24 @@ class TinyViT(nn.Module):
             attn, width = f"{name}.attn", block.attn.qkv.in_features
             heads = block.attn.num_heads
             q, k, v = rows_per_head(heads, width // heads)
-            sites.append(AttentionSite(index, f"{attn}.qkv", f"{attn}.proj", width, heads, q, k, v, False))
+            linears = f"{attn}.qkv", f"{attn}.proj"
+            sites.append(AttentionSite(index, *linears, width, heads, q, k, v, False, name, attn, f"{attn}.norm"))
         return sites
 
     def mlp_sites(self) -> list[MlpSite]:
         """The perceptrons of the same blocks."""
         return [
-            MlpSite(index, f"{name}.mlp.fc1", f"{name}.mlp.fc2")
+            MlpSite(index, f"{name}.mlp.fc1", f"{name}.mlp.fc2", f"{name}.mlp", f"{name}.mlp.norm")
             for index, (name, _) in enumerate(self._attention_blocks())
         ]
+
+    def neck_convolutions(self) -> list[str]:
+        """The convolutions of the neck."""
+        return ["neck.0", "neck.2"]
+
+    def patch_convolutions(self) -> list[str]:
+        """The convolutions of the patch embedding."""
+        return ["patch_embed.seq.0.c", "patch_embed.seq.2.c"]
 
     def _attention_blocks(self) -> list[tuple[str, TinyViTBlock]]:
         # Blocks are registered, and so named, in the order they run.

@@ -109,10 +109,12 @@ class GridBlock(nn.Module):
         self.window_size: int = official.window_size
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self._attend(self.norm1(x))
+        x = x + self.attended(x)
         return x + self.mlp(self.norm2(x))
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def attended(self, x: Tensor) -> Tensor:
+        """What attention adds to x, (B, H, W, C): where an adaptation adds a branch."""
+        x = self.norm1(x)
         if getattr(self.attn, "takes_grid", False):
             return self.attn(x, self.window_size)
         # An adaptation's module, written for upstream's block: it is given windows that were cut before.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
-from medsam_lora.errors import ConfigError
+from medsam_lora.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +37,8 @@ class MethodSpec:
         Dotted path of the module with its ``attach``, imported when the method is used.
     options : tuple of str
         The settings of section ``method`` that it reads.
+    identity : bool
+        Whether the adapted model starts as the base model.
     """
 
     name: str
@@ -45,6 +47,13 @@ class MethodSpec:
     mergeable: bool
     module: str
     options: tuple[str, ...] = ()
+    identity: bool = True
+
+
+LOW_RANK_OPTIONS: Final = ("rank", "alpha", "scaling", "dropout", "targets", "dora", "init", "lora_plus")
+"""Options of low-rank branches, which other methods read for a mask decoder of ``decoder: lora``."""
+
+DECODER_OPTIONS: Final = ("decoder", *LOW_RANK_OPTIONS)
 
 
 METHODS: Final[Mapping[str, MethodSpec]] = {
@@ -68,7 +77,89 @@ METHODS: Final[Mapping[str, MethodSpec]] = {
         "Hu et al. 2021, LoRA, arXiv 2106.09685; Zhang and Liu 2023, SAMed, arXiv 2304.13785",
         True,
         "medsam_lora.peft.lora",
-        ("rank", "alpha", "dropout", "targets", "blocks", "decoder"),
+        ("blocks", *DECODER_OPTIONS),
+    ),
+    "adapter": MethodSpec(
+        "adapter",
+        "serial bottlenecks after attention and perceptron of every block, and the mask decoder",
+        "Houlsby et al. 2019, arXiv 1902.00751",
+        False,
+        "medsam_lora.peft.adapter",
+        ("bottleneck", "blocks", *DECODER_OPTIONS),
+    ),
+    "adaptformer": MethodSpec(
+        "adaptformer",
+        "a bottleneck beside the perceptron of every block, and the mask decoder",
+        "Chen et al. 2022, AdaptFormer, arXiv 2205.13535",
+        False,
+        "medsam_lora.peft.adaptformer",
+        ("bottleneck", "adapter_scale", "blocks", *DECODER_OPTIONS),
+    ),
+    "prompt_generator": MethodSpec(
+        "prompt_generator",
+        "a convolutional branch in front of every block, and the mask decoder",
+        "the Adapter of Peng et al. 2023, SAM-PARSER, arXiv 2308.14604, Table 4",
+        False,
+        "medsam_lora.peft.prompt_generator",
+        ("bottleneck", "blocks", *DECODER_OPTIONS),
+    ),
+    "prefix": MethodSpec(
+        "prefix",
+        "gated keys and values beside the attention of every block, and the mask decoder",
+        "Li and Liang 2021, arXiv 2101.00190; Zhang et al. 2023, LLaMA-Adapter, arXiv 2303.16199",
+        False,
+        "medsam_lora.peft.prefix",
+        ("tokens", "blocks", *DECODER_OPTIONS),
+    ),
+    "vpt_deep": MethodSpec(
+        "vpt_deep",
+        "prompt tokens that every window of every block attends to, and the mask decoder",
+        "Jia et al. 2022, VPT, arXiv 2203.12119",
+        False,
+        "medsam_lora.peft.vpt_deep",
+        ("tokens", "blocks", *DECODER_OPTIONS),
+        identity=False,
+    ),
+    "prompt_tokens": MethodSpec(
+        "prompt_tokens",
+        "prompt tokens in place of the box, and the mask decoder; needs no prompt",
+        "Lester et al. 2021, prompt tuning, arXiv 2104.08691",
+        False,
+        "medsam_lora.peft.prompt_tokens",
+        ("tokens", *DECODER_OPTIONS),
+        identity=False,
+    ),
+    "sam_parser": MethodSpec(
+        "sam_parser",
+        "the singular values of the neck's convolutions, and the mask decoder",
+        "Peng et al. 2023, SAM-PARSER, arXiv 2308.14604",
+        True,
+        "medsam_lora.peft.sam_parser",
+        ("layers", "bases", "lr_singular", "blocks", *DECODER_OPTIONS),
+    ),
+    "bitfit": MethodSpec(
+        "bitfit",
+        "the biases of the image encoder, and the mask decoder",
+        "Ben Zaken et al. 2021, BitFit, arXiv 2106.10199",
+        True,
+        "medsam_lora.peft.bitfit",
+        DECODER_OPTIONS,
+    ),
+    "layernorm": MethodSpec(
+        "layernorm",
+        "the LayerNorms of the image encoder, and the mask decoder",
+        "Basu et al. 2023, arXiv 2304.03094",
+        True,
+        "medsam_lora.peft.layernorm",
+        DECODER_OPTIONS,
+    ),
+    "sd_trans": MethodSpec(
+        "sd_trans",
+        "attention over neighbouring slices and three adapters in every block, and the mask decoder",
+        "Wu et al. 2023, Medical SAM Adapter, arXiv 2304.12620",
+        False,
+        "medsam_lora.peft.sd_trans",
+        ("depth", "bottleneck", "blocks", *DECODER_OPTIONS),
     ),
     "full": MethodSpec(
         "full",
@@ -84,16 +175,18 @@ METHODS: Final[Mapping[str, MethodSpec]] = {
 def attach(model: nn.Module, config: MethodConfig, seed: int) -> Adaptation:
     """Attach a method to a model, in place.
 
-    Afterwards exactly the tensors of ``Adaptation.report`` require gradients, and the model's output is what it was.
+    Afterwards exactly the tensors of ``Adaptation.report`` require gradients, and the model's output is what it was
+    (for a method that declares so in `MethodSpec.identity`).
 
     Parameters
     ----------
     model : Module
         With `image_encoder`, `prompt_encoder` and `mask_decoder`; no other adaptation may be attached to it.
     config : MethodConfig
-        The method's name and options; options it does not read are ignored.
+        The method's name, or several joined by ``+``, and options; options it does not read are ignored.
     seed : int
-        Of its initialisation. The global random state is neither read nor changed.
+        Of its initialisation, the same for each of several methods. The global random state is neither read nor
+        changed.
 
     Returns
     -------
@@ -102,20 +195,30 @@ def attach(model: nn.Module, config: MethodConfig, seed: int) -> Adaptation:
     Raises
     ------
     ConfigError
-        Where no method has this name (the nearest one is named), or an option does not suit the model.
+        Where no method has this name (the nearest one is named), an option does not suit the model, or methods that
+        are to be combined train the same tensors.
     AdapterError
         Where another adaptation is attached already.
     """
-    spec = method_spec(config.name)
+    specs = [METHODS[name] for name in _names(config.name)]
     # torch and the method are imported here, so that listing the methods needs neither.
     import torch
 
-    adaptation: Adaptation = import_module(spec.module).attach(model, config, torch.Generator().manual_seed(seed))
-    return adaptation
+    parts: list[Adaptation] = []
+    for spec in specs:
+        own = config if len(specs) == 1 else config.model_copy(update={"name": spec.name})
+        generator = torch.Generator().manual_seed(seed)
+        parts.append(import_module(spec.module).attach(model, own, generator))
+        if len(specs) == 1:
+            return parts[0]
+        parts[-1].detach()
+    from medsam_lora.peft.combine import combine
+
+    return combine(model, config, parts)
 
 
 def method_spec(name: str) -> MethodSpec:
-    """The entry of a method.
+    """The entry of a method, or of several joined by ``+``.
 
     Raises
     ------
@@ -126,11 +229,32 @@ def method_spec(name: str) -> MethodSpec:
     --------
     >>> method_spec("lora").mergeable
     True
+    >>> method_spec("sam_parser+lora").options[:2]
+    ('layers', 'bases')
     """
-    if name in METHODS:
-        return METHODS[name]
-    from medsam_lora.config import nearest
+    specs = [METHODS[part] for part in _names(name)]
+    if len(specs) == 1:
+        return specs[0]
+    return MethodSpec(
+        name,
+        "; ".join(spec.summary for spec in specs),
+        "; ".join(spec.source for spec in specs),
+        all(spec.mergeable for spec in specs),
+        "medsam_lora.peft.combine",
+        tuple(dict.fromkeys(option for spec in specs for option in spec.options)),
+        all(spec.identity for spec in specs),
+    )
 
-    guess = nearest(name, list(METHODS))
-    hint = f"; did you mean {guess}?" if guess else ""
-    raise ConfigError(f"unknown method {name!r}{hint}", remedy=f"Set method.name to one of {', '.join(METHODS)}.")
+
+def _names(name: str) -> list[str]:
+    names = [part.strip() for part in name.split("+")]
+    for part in names:
+        if part not in METHODS:
+            guess = nearest(part, list(METHODS))
+            hint = f"; did you mean {guess}?" if guess else ""
+            raise ConfigError(
+                f"unknown method {part!r}{hint}", remedy=f"Set method.name to one of {', '.join(METHODS)}."
+            )
+    if len(set(names)) != len(names):
+        raise ConfigError(f"method.name is {name!r}: a method is named twice", remedy="Name each method once.")
+    return names

@@ -35,6 +35,25 @@ class TrainableTensor:
 
 
 @dataclass(frozen=True)
+class GroupRule:
+    """How a learning-rate group of a method differs from what the training settings say of its part of the model.
+
+    Parameters
+    ----------
+    lr : float, optional
+        Learning rate of its own, instead of that of the part.
+    lr_factor : float
+        What the learning rate is multiplied by.
+    weight_decay : bool
+        False: none, whatever the settings say.
+    """
+
+    lr: float | None = None
+    lr_factor: float = 1.0
+    weight_decay: bool = True
+
+
+@dataclass(frozen=True)
 class Report:
     """What an adaptation trains.
 
@@ -46,15 +65,19 @@ class Report:
     cache_point : str or None
         The deepest intermediate result that training leaves unchanged, so that it may be computed once per input:
         ``embedding`` (output of the image encoder), ``trunk`` (input of its neck), ``block k`` (input of its
-        attention block k), or None.
+        attention block k), or None. Nothing behind it may be cached, since it is computed from trained tensors.
     mergeable : bool
         Whether `Adaptation.merge` is possible.
+    depth : int
+        Slices of a stack: the image encoder is to be given whole stacks, one after the other, each of neighbouring
+        slices of one case and modality, of which the middle one is predicted. 1: single slices.
     """
 
     method: str
     tensors: tuple[TrainableTensor, ...]
     cache_point: str | None
     mergeable: bool
+    depth: int = 1
 
     @property
     def count(self) -> int:
@@ -74,6 +97,10 @@ class Adaptation:
         Trainable parameters by the method's closed form; a different number is refused.
     cache_point : str, optional
         See `Report`.
+    depth : int
+        See `Report`.
+    rules : mapping of str to GroupRule, optional
+        Learning-rate groups of the edits that are trained otherwise than the settings say.
 
     Raises
     ------
@@ -89,12 +116,15 @@ class Adaptation:
         *,
         expected_count: int,
         cache_point: str | None = None,
+        depth: int = 1,
+        rules: Mapping[str, GroupRule] | None = None,
     ) -> None:
         self.model = model
         self.name = config.name
         self.config = config
-        self._edits = tuple(edits)
-        self._trainable = {name: (p, edit.group) for edit in self._edits for name, p in edit.trainable().items()}
+        self.rules = dict(rules or {})
+        self.edits = tuple(edits)
+        self._trainable = {n: (p, edit.group_of(n)) for edit in self.edits for n, p in edit.trainable().items()}
         self._base_flags: list[tuple[nn.Parameter, bool]] = []
         self._attached = False
         self._disabled_depth = 0
@@ -102,7 +132,8 @@ class Adaptation:
             self.name,
             tuple(TrainableTensor(name, tuple(p.shape), group) for name, (p, group) in self._trainable.items()),
             cache_point,
-            all(edit.mergeable for edit in self._edits),
+            all(edit.mergeable for edit in self.edits),
+            depth,
         )
         if self.report.count != expected_count:
             raise AdapterError(
@@ -173,7 +204,7 @@ class Adaptation:
             )
         with self.disable():
             state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-        for edit in self._edits:
+        for edit in self.edits:
             for name, tensor in edit.merged().items():
                 if name not in state or state[name].shape != tensor.shape:
                     raise AdapterError(f"the base model has no tensor {name} of shape {tuple(tensor.shape)}")
@@ -226,7 +257,7 @@ class Adaptation:
             raise AdapterError(
                 f"method {other.name} is attached to this model already", remedy="Detach it first: adaptation.detach()."
             )
-        for edit in self._edits:
+        for edit in self.edits:
             if edit.current(self.model) is not edit.base:
                 raise AdapterError(f"{edit.path} is not what method {self.name} was made for")
         self._base_flags = [(p, p.requires_grad) for p in self.model.parameters()]
@@ -242,8 +273,43 @@ class Adaptation:
             raise AdapterError(f"method {self.name}: declared and trainable tensors differ: {wrong[:5]}")
 
     def _exchange(self, *, enable: bool) -> None:
-        for edit in self._edits:
+        # Whole modules before what is in them, and back the other way: an edit's place is looked up in the model.
+        inwards = sorted(self.edits, key=lambda edit: edit.path.count("."))
+        for edit in inwards if enable else reversed(inwards):
             edit.exchange(self.model, enable=enable)
+
+
+def swap(model: nn.Module, adaptation: Adaptation | None) -> Adaptation | None:
+    """Attach another adaptation of a model instead of the one that is, by exchanging references: milliseconds.
+
+    Parameters
+    ----------
+    model : Module
+    adaptation : Adaptation or None
+        Of this model; None leaves the base model.
+
+    Returns
+    -------
+    Adaptation or None
+        The one that was attached.
+
+    Raises
+    ------
+    AdapterError
+        Where it is another model's. Nothing is changed then.
+    """
+    if adaptation is not None and adaptation.model is not model:
+        raise AdapterError(
+            f"method {adaptation.name} was made for another model", remedy="Attach it to this model with peft.attach."
+        )
+    before = attached_to(model)
+    if before is adaptation:
+        return before
+    if before is not None:
+        before.detach()
+    if adaptation is not None:
+        adaptation.reattach()
+    return before
 
 
 def attached_to(model: nn.Module) -> Adaptation | None:

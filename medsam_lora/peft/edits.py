@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
+
+Mixin = TypeVar("Mixin", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,19 @@ class Edit:
         own parameters, frozen, beside its new ones; it must keep the base's names for them, so that a state dict does
         not depend on the wrapping. Where its effect can be written into the base's tensors it has a method
         ``merged_state() -> dict[str, Tensor]`` that returns them.
-    group : str
-        Which learning rate its tensors get: ``encoder`` or ``decoder``.
+    group : str or callable
+        Which learning rate its tensors get: ``encoder`` or ``decoder``, or one of the method's own groups, such as
+        ``encoder.B``. A callable is given a tensor's name within the adapted module.
     """
 
     path: str
     base: nn.Parameter | nn.Module
     adapted: nn.Parameter | nn.Module
-    group: str
+    group: str | Callable[[str], str]
+
+    def group_of(self, name: str) -> str:
+        """The learning-rate group of one of `trainable`, by its name within the model."""
+        return self.group if isinstance(self.group, str) else self.group(name.removeprefix(f"{self.path}."))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The new parameters by dotted name within the model."""
@@ -85,6 +93,33 @@ def train_whole(model: nn.Module, part: str, group: str) -> list[Edit]:
     ]
 
 
+def extend(base: nn.Module, mixin: type[Mixin]) -> Mixin:
+    """A module that is of `base`'s class and of `mixin`, and holds base's tensors and submodules under their names.
+
+    Its `forward` is the mixin's, in which ``super().forward`` is the base's. The base itself is left as it is: what is
+    added to the new module, or exchanged in it, does not show there.
+
+    Parameters
+    ----------
+    base : Module
+    mixin : type
+        A subclass of `torch.nn.Module` without an ``__init__`` of its own.
+    """
+    module: Mixin = object.__new__(_class_of(mixin, type(base)))
+    # The tables of parameters, buffers, submodules and hooks are copied, what is in them is shared.
+    module.__dict__.update({k: v.copy() if isinstance(v, dict | set) else v for k, v in vars(base).items()})
+    return module
+
+
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def _class_of(mixin: type, base: type) -> type:
+    if (mixin, base) not in _CLASSES:
+        _CLASSES[mixin, base] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})
+    return _CLASSES[mixin, base]
+
+
 def _parameters(item: nn.Parameter | nn.Module) -> list[nn.Parameter]:
     return [item] if isinstance(item, nn.Parameter) else list(item.parameters())
 
@@ -93,7 +128,8 @@ def _follow(leaving: nn.Parameter | nn.Module, entering: nn.Parameter | nn.Modul
     # The one that was not part of the model has missed model.to(device) and model.eval().
     for parameter in _parameters(leaving)[:1]:
         # Module.to moves parameters and their gradients in place, so that an optimiser still knows them.
-        if any(other.device != parameter.device for other in _parameters(entering)):
-            nn.ParameterList(_parameters(entering)).to(parameter.device)
+        moved = nn.ParameterList([entering]) if isinstance(entering, nn.Parameter) else entering
+        if any(other.device != parameter.device for other in (*moved.parameters(), *moved.buffers())):
+            moved.to(parameter.device)
     if isinstance(leaving, nn.Module) and isinstance(entering, nn.Module):
         entering.train(leaving.training)

@@ -39,6 +39,9 @@ class AttentionSite:
         Output rows of `qkv` that are queries, keys and values, in head order. Together they name each row once.
     global_attention : bool
         True where a token sees the whole image, False where it sees its window.
+    name, attention, norm : str
+        Dotted names of the block, which maps (B, H, W, C) to the same shape, of its attention, and of the LayerNorm in
+        front of `qkv`. Methods that add to the Linears alone do without them.
     """
 
     block: int
@@ -50,6 +53,9 @@ class AttentionSite:
     k: Rows
     v: Rows
     global_attention: bool
+    name: str = ""
+    attention: str = ""
+    norm: str = ""
 
     def rows(self, projection: Projection) -> list[int]:
         """Output rows of `qkv` that hold one projection, in head order."""
@@ -59,11 +65,25 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class MlpSite:
-    """The two-layer perceptron of a block: dotted names of its Linears within the encoder, `block` as above."""
+    """The two-layer perceptron of a block, by dotted names within the encoder.
+
+    Parameters
+    ----------
+    block : int
+        As of `AttentionSite`.
+    fc1, fc2 : str
+        Its Linears.
+    name : str
+        The perceptron itself.
+    norm : str
+        The LayerNorm that its `forward` begins with, if it does.
+    """
 
     block: int
     fc1: str
     fc2: str
+    name: str = ""
+    norm: str = ""
 
 
 def rows_as_thirds(dim: int) -> tuple[Rows, Rows, Rows]:
@@ -121,10 +141,73 @@ def mlp_sites(encoder: nn.Module) -> list[MlpSite]:
 
     if isinstance(encoder, ImageEncoderViT):
         return [
-            MlpSite(index, f"blocks.{index}.mlp.lin1", f"blocks.{index}.mlp.lin2")
+            MlpSite(index, f"blocks.{index}.mlp.lin1", f"blocks.{index}.mlp.lin2", f"blocks.{index}.mlp")
             for index in range(len(encoder.blocks))
         ]
     return list(_declared(encoder, "mlp_sites"))
+
+
+def convolution_sites(encoder: nn.Module, part: Literal["neck", "patch"]) -> list[str]:
+    """Dotted names of the convolutions of the encoder's neck, or of its patch embedding, in the order they run."""
+    from medsam_lora.sam_modules import ImageEncoderViT
+
+    if isinstance(encoder, ImageEncoderViT):
+        return ["neck.0", "neck.2"] if part == "neck" else ["patch_embed.proj"]
+    return list(_declared(encoder, f"{part}_convolutions"))
+
+
+def decoder_linears(decoder: nn.Module) -> dict[str, list[str]]:
+    """The Linears of the transformer in SAM's mask decoder, as dotted names within it, by what they project.
+
+    Keys are ``q``, ``k``, ``v``, ``proj`` (after the heads are joined) and ``mlp``, as of `method.targets`.
+    """
+    transformer = decoder.get_submodule("transformer")
+    n_layers = len(list(transformer.get_submodule("layers").children()))
+    layers = [f"transformer.layers.{i}" for i in range(n_layers)]
+    kinds = ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
+    attention = [f"{layer}.{kind}" for layer in layers for kind in kinds]
+    attention.append("transformer.final_attn_token_to_image")
+    found = {p: [f"{name}.{p}_proj" for name in attention] for p in ("q", "k", "v")}
+    found["proj"] = [f"{name}.out_proj" for name in attention]
+    found["mlp"] = [f"{layer}.mlp.{linear}" for layer in layers for linear in ("lin1", "lin2")]
+    return found
+
+
+def chosen_sites(encoder: nn.Module, blocks: Sequence[int] | str | None) -> list[AttentionSite]:
+    """The attention blocks that `method.blocks` names, in the order they run.
+
+    Parameters
+    ----------
+    encoder : Module
+    blocks : sequence of int, str or None
+        Indices, negative ones from the end; ``global``: those with global attention; ``last k``: the k last ones;
+        None: all.
+
+    Raises
+    ------
+    ConfigError
+        Where there are no such blocks.
+    """
+    sites = attention_sites(encoder)
+    if blocks == "global":
+        found = [site for site in sites if site.global_attention]
+        if not found:
+            raise ConfigError(
+                "method.blocks is global, but no block of this encoder has global attention",
+                remedy="Name blocks by index, or write last k.",
+            )
+        return found
+    if isinstance(blocks, str):
+        blocks = list(range(-int(blocks.removeprefix("last ")), 0))
+    return [sites[index] for index in select_blocks(blocks, len(sites))]
+
+
+def cache_point_before(sites: Sequence[AttentionSite]) -> str | None:
+    """The cache point of a method whose first change is within the first of some blocks, or before it.
+
+    Before block 0 there is nothing that would be worth keeping.
+    """
+    return f"block {sites[0].block}" if sites[0].block > 0 else None
 
 
 def select_blocks(blocks: Sequence[int] | None, n_blocks: int) -> list[int]:
@@ -163,7 +246,20 @@ def _vit_attention(index: int, block: Any) -> AttentionSite:
     q, k, v = rows_as_thirds(attention.qkv.out_features // 3)
     name = f"blocks.{index}.attn"
     # A window of 0 is upstream's way of saying "no windows".
-    return AttentionSite(index, f"{name}.qkv", f"{name}.proj", dim, attention.num_heads, q, k, v, not block.window_size)
+    return AttentionSite(
+        index,
+        f"{name}.qkv",
+        f"{name}.proj",
+        dim,
+        attention.num_heads,
+        q,
+        k,
+        v,
+        not block.window_size,
+        f"blocks.{index}",
+        name,
+        f"blocks.{index}.norm1",
+    )
 
 
 def _declared(encoder: nn.Module, method: str) -> Sequence:

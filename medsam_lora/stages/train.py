@@ -220,7 +220,9 @@ def _fit(
     if options.select == "best" and not validation:
         logger.warning("no validation case: the last epoch is kept (train.select=last)")
         options = options.model_copy(update={"select": "last", "patience": None})
-    dataset = SliceDataset(training, segmenter.regions, prompts, segmenter.sam.image_size)
+    dataset = SliceDataset(
+        training, segmenter.regions, prompts, segmenter.sam.image_size, segmenter.adaptation.report.depth
+    )
     identity = _identity(config, training, validation, segmenter)
     trainer = Trainer(segmenter, dataset, validation, options, run / STATE_FILE, identity, group)
     if resume:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from medsam_lora.errors import TrainingError
+from medsam_lora.inference.predictor import stack_of
 from medsam_lora.labels import region_mask
 from medsam_lora.prompts.box import boxes_from_mask, jitter
 from medsam_lora.records import PreparedSlices
@@ -47,9 +48,9 @@ class Sample:
 
     Parameters
     ----------
-    raw : ndarray of int16 or float32, shape (M, X, Y)
+    raw : ndarray of int16 or float32, shape (M, X, Y), or (depth, M, X, Y)
         Voxels as in the file.
-    mean, std : ndarray of float, shape (M,)
+    mean, std : ndarray of float, shape (M,) or (depth, M)
     voxels : str
         A key of `transforms.NORMALISATIONS`.
     masks : ndarray of bool, shape (R, X, Y)
@@ -66,7 +67,7 @@ class Sample:
 
     @property
     def z(self) -> np.ndarray:
-        """The slice z-scored, float32, shape (M, X, Y)."""
+        """The slice z-scored, float32, of the shape of `raw`."""
         return zscore(self.raw, self.mean, self.std, self.voxels)
 
 
@@ -76,8 +77,8 @@ class Batch:
 
     Parameters
     ----------
-    raw : Tensor of int16 or float32, shape (B, M, X, Y)
-    mean, std : Tensor of float32, shape (B, M)
+    raw : Tensor of int16 or float32, shape (B, M, X, Y), or (B, depth, M, X, Y)
+    mean, std : Tensor of float32, shape (B, M), or (B, depth, M)
     voxels : str
     masks : Tensor of bool, shape (B, R, X, Y)
     boxes : list of B ndarrays of float32, shape (n, 4)
@@ -92,7 +93,7 @@ class Batch:
 
     @property
     def z(self) -> Tensor:
-        """The slices z-scored where they are, float32, shape (B, M, X, Y)."""
+        """The slices z-scored where they are, float32, of the shape of `raw`."""
         return zscore(self.raw, self.mean, self.std, self.voxels)
 
     def pinned(self) -> Batch:
@@ -119,6 +120,8 @@ class SliceDataset:
     prompts : PromptOptions
     image_size : int
         Side of the model frame, in which jitter is counted.
+    depth : int
+        Slices of a sample: 1, or the odd depth of a method that looks at neighbours (`peft.contract.Report`).
 
     Raises
     ------
@@ -127,12 +130,18 @@ class SliceDataset:
     """
 
     def __init__(
-        self, cases: Sequence[PreparedSlices], regions: Sequence[str], prompts: PromptOptions, image_size: int
+        self,
+        cases: Sequence[PreparedSlices],
+        regions: Sequence[str],
+        prompts: PromptOptions,
+        image_size: int,
+        depth: int = 1,
     ) -> None:
         self.cases = list(cases)
         self.regions = tuple(regions)
         self.prompts = prompts
         self.image_size = image_size
+        self.depth = depth
         self.index: list[tuple[int, int]] = []
         # Where the boxes of a slice come from: itself, or for a tumour-free slice the nearest slice with tumour of
         # its case, as a 3-D box drawn around a lesion would also pass over slices beyond its ends.
@@ -172,7 +181,7 @@ class SliceDataset:
         c, n = self.index[item]
         case = self.cases[c]
         assert case.label is not None
-        raw = np.asarray(case.image[n])
+        raw, mean, std = stack_of(case, n, self.depth)
         label = np.asarray(case.label[n])
         masks = np.stack([region_mask(label, region) for region in self.regions])
         boxes = self._boxes(case.label[self.box_slice[item]])
@@ -183,7 +192,7 @@ class SliceDataset:
                 boxes = jitter(boxes, self.prompts.jitter_px, scale, shape, generator)
             if flip:
                 raw, masks, boxes = random_flip(raw, masks, boxes, generator)
-        return Sample(raw, case.mean[n], case.std[n], case.voxels, masks, boxes)
+        return Sample(raw, mean, std, case.voxels, masks, boxes)
 
     def batch(self, items: Sequence[int], seeds: Sequence[int] | None = None, flip: bool = False) -> Batch:
         """Collate items of one size; `seeds` (such as seed and epoch) make each sample's generator."""

@@ -52,8 +52,10 @@ def train_row(
         row[name] = sums.get(name, 0.0) / n
     row["train_area_ratio"] = sums.get("predicted_voxels", 0.0) / max(sums.get("reference_voxels", 0.0), 1.0)
     rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
-    row["lr_encoder"] = rates.get("encoder", rates.get("encoder/vectors"))
-    row["lr_decoder"] = rates.get("decoder", rates.get("decoder/vectors"))
+    for part in ("encoder", "decoder"):
+        # A method with learning rates of its own is shown by its first group.
+        first = next((rate for name, rate in rates.items() if name.startswith((f"{part}.", f"{part}/"))), None)
+        row[f"lr_{part}"] = rates.get(part, first)
     row["grad_norm"] = sums.get("grad_norm", 0.0) / max(sums.get("updates", 0.0), 1.0)
     row["images_per_s"] = n * len(segmenter.modalities) / duration_s
     row["peak_memory_mib"] = peak_memory_mib(segmenter.device)

@@ -9,19 +9,25 @@ import torch
 from medsam_lora.config import TrainConfig
 from medsam_lora.errors import TrainingError
 from medsam_lora.models.segmenter import Segmenter
+from medsam_lora.peft.contract import GroupRule
 
 
 def build_optimiser(segmenter: Segmenter, options: TrainConfig) -> torch.optim.Optimizer:
     """Adam or AdamW over exactly the declared parameters, one group per part and decay.
 
-    Biases, norms and other vectors get no weight decay: shrinking them has no regularising sense.
+    Biases, norms and other vectors get no weight decay: shrinking them has no regularising sense. A method may have
+    groups with rules of their own, ``encoder.B`` beside ``encoder`` (`peft.contract.GroupRule`).
     """
     groups = []
     for name, parameters in segmenter.trainable_groups().items():
-        rate = options.lr_encoder if name == "encoder" and options.lr_encoder is not None else options.lr
+        rule = segmenter.adaptation.rules.get(name, GroupRule())
+        of_encoder = name.partition(".")[0] == "encoder"
+        rate = options.lr_encoder if of_encoder and options.lr_encoder is not None else options.lr
+        rate = rate * rule.lr_factor if rule.lr is None else rule.lr
+        decay_of_matrices = options.weight_decay if rule.weight_decay else 0.0
         matrices = [p for p in parameters if p.ndim > 1]
         vectors = [p for p in parameters if p.ndim <= 1]
-        for suffix, members, decay in (("", matrices, options.weight_decay), ("/vectors", vectors, 0.0)):
+        for suffix, members, decay in (("", matrices, decay_of_matrices), ("/vectors", vectors, 0.0)):
             if members:
                 groups.append(
                     {"name": name + suffix, "params": members, "lr": rate, "base_lr": rate, "weight_decay": decay}

@@ -7,12 +7,47 @@ First the candidates: all slices, or those that show the region (`tumour_only`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from medsam_lora.errors import DataError
+
+
+def stack_around(ks: Sequence[int], n: int, depth: int) -> list[int]:
+    """The slices of a stack of neighbours, for methods that look at several.
+
+    Parameters
+    ----------
+    ks : sequence of int
+        Slice indices of one case that are there, ascending.
+    n : int
+        Which of them stands in the middle.
+    depth : int
+        Slices of the stack, odd.
+
+    Returns
+    -------
+    list of int
+        Positions in `ks`, ascending. Where a neighbour is not there, the next one towards the middle stands in its
+        place.
+
+    Examples
+    --------
+    >>> stack_around([4, 5, 6, 9], 1, 5)
+    [0, 0, 1, 2, 2]
+    >>> stack_around([4, 5, 6, 9], 3, 3)
+    [3, 3, 3]
+    """
+    position = {k: i for i, k in enumerate(ks)}
+    sides = []
+    for direction in (-1, 1):
+        found = [n]
+        for step in range(1, depth // 2 + 1):
+            found.append(position.get(ks[n] + direction * step, found[-1]))
+        sides.append(found[1:])
+    return [*reversed(sides[0]), n, *sides[1]]
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,36 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_sam import ENCODERS, predict, toy_batch, toy_loss, toy_sam, train_steps
+from toy_sam import ENCODERS, PROMPT_DIM, predict, toy_batch, toy_loss, toy_sam, train_steps
 
 from medsam_lora.config import MethodConfig
 from medsam_lora.errors import AdapterError
 from medsam_lora.models.checkpoint import REQUIRED_METADATA, load_adapter, save_adapter
-from medsam_lora.peft import METHODS, attach
+from medsam_lora.peft import METHODS, attach, method_spec
 from medsam_lora.peft.contract import Adaptation, attached_to
 
 VARIANTS = [
     MethodConfig(name="lora", rank=3, alpha=6.0, targets=["q", "k", "v", "proj", "mlp"]),
     MethodConfig(name="lora", rank=2, alpha=1.0, targets=["k", "mlp"], blocks=[-1], decoder="frozen"),
 ]
+# On SAM's own encoder alone, to keep the suite quick; TinyViT's layouts are in tests/unit/peft.
+VIT_VARIANTS = [
+    MethodConfig(name="lora", rank=2, targets=["q", "v", "mlp"], dora=True, decoder="lora", scaling="alpha/sqrt(r)"),
+    MethodConfig(name="lora", rank=2, targets=["k", "v", "proj"], init="pissa", scaling="none", decoder="lora"),
+    MethodConfig(name="lora", rank=2, blocks="last 1", lora_plus=4.0),
+    MethodConfig(name="sam_parser", layers=["neck", "patch", "linears"], bases=True, decoder="frozen"),
+    MethodConfig(name="adapter", bottleneck=5, blocks="global", decoder="lora", rank=1),
+    MethodConfig(name="prefix", tokens=3, blocks=[1], decoder="frozen"),
+    MethodConfig(name="prompt_tokens", tokens=4),
+    MethodConfig(name="sam_parser+lora", rank=2),
+    MethodConfig(name="bitfit+lora+prefix", rank=2, tokens=2),
+]
 CONFIGS = [MethodConfig(name=name) for name in METHODS] + VARIANTS
 CASES = [pytest.param(e, c, id=f"{e}-{c.name}-{i}") for e in ENCODERS for i, c in enumerate(CONFIGS)]
+CASES += [pytest.param("vit", c, id=f"vit-{c.name}-variant{i}") for i, c in enumerate(VIT_VARIANTS)]
 TRAINED = [case for case in CASES if case.values[1].name != "zero_shot"]
+# Methods that draw their start.
+DRAWS = {"lora", "adapter", "adaptformer", "prompt_generator", "prefix", "vpt_deep", "sd_trans"}
 
 _BASES = {encoder: toy_sam(encoder) for encoder in ENCODERS}
 
@@ -70,9 +85,10 @@ def test_the_adapted_model_starts_as_the_base_model(encoder: str, config: Method
     model = base_model(encoder)
     before = outputs(model)
     attach(model, config, 0)
-    assert torch.equal(outputs(model), before)
+    # A method that does not start there says so in its entry, and is held to that as well.
+    assert torch.equal(outputs(model), before) is method_spec(config.name).identity
     model.train()
-    assert torch.equal(outputs(model), before)
+    assert torch.equal(outputs(model), before) is method_spec(config.name).identity
 
 
 @pytest.mark.parametrize(("encoder", "config"), CASES)
@@ -126,22 +142,84 @@ def test_the_count_is_that_of_the_closed_form(encoder: str, config: MethodConfig
     model = base_model(encoder)
     decoder = sum(p.numel() for p in model.mask_decoder.parameters())
     image_encoder = sum(p.numel() for p in model.image_encoder.parameters())
-    # (width, hidden width) of every block; TinyViT-5M has stages of 2, 6 and 2 blocks with attention.
-    blocks = [(32, 128)] * 2 if encoder == "vit" else [(128, 512)] * 2 + [(160, 640)] * 6 + [(320, 1280)] * 2
-    chosen = blocks if config.blocks is None else [blocks[i] for i in config.blocks]
-    per_target = {"q": 2, "k": 2, "v": 2, "proj": 2}
-    low_rank = sum(
-        config.rank * (2 * (width + hidden) if target == "mlp" else per_target[target] * width)
-        for width, hidden in chosen
-        for target in config.targets
-    )
-    expected = {
-        "zero_shot": 0,
-        "decoder_only": decoder,
-        "full": image_encoder + decoder,
-        "lora": low_rank + (decoder if config.decoder == "full" else 0),
-    }
-    assert attach(model, config, 0).report.count == expected[config.name]
+    shares = [encoder_count(encoder, image_encoder, c) for c in parts_of(config)]
+    own_decoder = {"full": decoder, "frozen": 0, "lora": decoder_low_rank(config)}[config.decoder]
+    if config.name == "prompt_tokens":
+        own_decoder += (config.tokens or 2) * PROMPT_DIM
+    expected = {"zero_shot": 0, "decoder_only": decoder, "full": image_encoder + decoder}
+    assert attach(model, config, 0).report.count == expected.get(config.name, sum(shares) + own_decoder)
+
+
+def parts_of(config: MethodConfig) -> list[MethodConfig]:
+    return [config.model_copy(update={"name": name}) for name in config.name.split("+")]
+
+
+def encoder_count(encoder: str, n_parameters: int, config: MethodConfig) -> int:
+    """Trainable parameters in the image encoder, from the architecture alone."""
+    # (width, hidden width, heads) of every block; TinyViT-5M has stages of 2, 6 and 2 blocks with attention.
+    tiny = [(128, 512, 4)] * 2 + [(160, 640, 5)] * 6 + [(320, 1280, 10)] * 2
+    blocks = [(32, 128, 2)] * 2 if encoder == "vit" else tiny
+    vit = encoder == "vit"
+    # The toy ViT's second and last block has global attention.
+    named = {"global": [1], "last 1": [-1], None: range(len(blocks))}
+    indices = config.blocks if isinstance(config.blocks, list) else named[config.blocks]
+    chosen = [blocks[i] for i in indices]
+    r, extra = config.rank, 1 if config.dora else 0
+    name = config.name
+    if name == "lora":
+        total = 0
+        for w, h, _ in chosen:
+            for target in config.targets:
+                total += r * (2 * (w + h) if target == "mlp" else 2 * w) + extra * (h + w if target == "mlp" else w)
+        return total
+    if name in ("adapter", "adaptformer"):
+        m = config.bottleneck or 64
+        return sum((2 * w * m + m + w) * (2 if name == "adapter" else 1) for w, _, _ in chosen)
+    if name == "prompt_generator":
+        # m = w / 4: 1x1 down, LayerNorm, 3x3 depthwise, LayerNorm, 1x1 up, LayerNorm.
+        return sum(
+            w * m + m + 2 * m + 9 * m + 2 * m + m * w + w + 2 * w for w in (w for w, _, _ in chosen) for m in [w // 4]
+        )
+    if name == "sd_trans":  # without stacks: two bottlenecks of a quarter of the width
+        return sum(2 * (2 * w * (w // 4) + w // 4 + w) for w, _, _ in chosen)
+    if name == "prefix":
+        p = config.tokens or 10
+        return sum(2 * p * w + heads for w, _, heads in chosen)
+    if name == "vpt_deep":
+        return sum((config.tokens or 10) * w for w, _, _ in chosen)
+    if name == "sam_parser":
+        # (output features, input features) of each matrix.
+        last = blocks[-1][0]
+        shapes = [(PROMPT_DIM, last), (PROMPT_DIM, 9 * PROMPT_DIM)]
+        if "patch" in config.layers:
+            shapes += [(32, 3 * 16 * 16)] if vit else [(32, 27), (64, 32 * 9)]
+        if "linears" in config.layers:
+            shapes += [shape for w, h, _ in chosen for shape in ((3 * w, w), (w, w), (h, w), (w, h))]
+        return sum(min(s) * (1 + (sum(s) if config.bases else 0)) for s in shapes)
+    if name == "layernorm":
+        return sum(4 * w for w, _, _ in blocks) + 4 * PROMPT_DIM
+    if name == "bitfit":
+        # Two norms, qkv, proj, fc1, fc2; the neck's norms.
+        own = sum(2 * w + 3 * w + w + h + w for w, h, _ in blocks) + 2 * PROMPT_DIM
+        if vit:
+            return own + 32  # patch embedding
+        # BatchNorms: patch embedding 32 + 64; two inverted bottlenecks (256, 256, 64); mergings 3 x (128, 160, 320);
+        # local convolutions of the blocks.
+        return own + 96 + 2 * (256 + 256 + 64) + 3 * (128 + 160 + 320) + sum(w for w, _, _ in blocks)
+    return n_parameters if name == "full" else 0
+
+
+def decoder_low_rank(config: MethodConfig) -> int:
+    """Parameters of low-rank branches in the toy decoder: two layers of width 32, cross attention at 16, hidden 64."""
+    w, inner, hidden, r, extra = PROMPT_DIM, PROMPT_DIM // 2, 64, config.rank, 1 if config.dora else 0
+    total = 0
+    for target in config.targets:
+        if target == "mlp":
+            total += 2 * (2 * r * (w + hidden) + extra * (w + hidden))
+        else:
+            out = w if target == "proj" else inner
+            total += 2 * (2 * r * w + extra * w) + 5 * (r * (w + inner) + extra * out)
+    return total
 
 
 @pytest.mark.parametrize(("encoder", "config"), CASES)
@@ -274,8 +352,8 @@ def test_attaching_leaves_the_global_random_states_alone(config: MethodConfig) -
 def test_the_seed_decides_the_start(config: MethodConfig) -> None:
     states = [attach(base_model("vit"), config, seed).state() for seed in (0, 0, 1)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    if config.name == "lora":
-        assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+    different = any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+    assert different is (config.name in DRAWS)
 
 
 @pytest.mark.parametrize(("encoder", "config"), TRAINED)

@@ -323,7 +323,7 @@ def test_the_unpadded_grid_is_recorded_and_used_at_prediction(cohort: Cohort, tm
         assert np.array_equal(
             voxels(tmp_path / "a" / f"{case_id}.nii.gz"), voxels(tmp_path / "b" / f"{case_id}.nii.gz")
         )
-    with pytest.raises(AdapterError, match="on the unpadded grid.*Set model.grid=unpadded"):
+    with pytest.raises(AdapterError, match=r"on the unpadded grid.*Set model\.grid=unpadded"):
         predict(cohort.manifest, cohort.root, run, tmp_path / "c", config(model={"grid": "padded"}), device="cpu")
 
 

@@ -1,0 +1,90 @@
+"""The mask decoder's share of a method: trained whole, by low-rank branches, or left as it is (`method.decoder`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from medsam_lora.config import MethodConfig
+from medsam_lora.errors import AdapterError, ConfigError
+from medsam_lora.peft.contract import GroupRule
+from medsam_lora.peft.edits import Edit, train_whole
+from medsam_lora.peft.low_rank import LoraLinear, LowRankOptions
+from medsam_lora.peft.sites import decoder_linears
+
+
+def decoder_part(model: nn.Module, config: MethodConfig, generator: torch.Generator) -> tuple[list[Edit], int]:
+    """Edits of ``mask_decoder`` and the number of parameters they train, by closed form.
+
+    Parameters
+    ----------
+    model : Module
+    config : MethodConfig
+        `decoder`, and for low-rank branches the options of `lora`. `blocks` says nothing of the decoder.
+    generator : torch.Generator
+    """
+    decoder = model.get_submodule("mask_decoder")
+    if config.decoder == "frozen":
+        return [], 0
+    if config.decoder == "full":
+        return train_whole(model, "mask_decoder", "decoder"), sum(p.numel() for p in decoder.parameters())
+    options = low_rank_options(config)
+    linears = decoder_linears(decoder)
+    edits: list[Edit] = []
+    count = 0
+    for name in (name for target in linears if target in config.targets for name in linears[target]):
+        base = linear(decoder, name)
+        layer = LoraLinear(base, options, generator)
+        edits.append(Edit(f"mask_decoder.{name}", base, layer, low_rank_group("decoder", config)))
+        count += low_rank_count(options, base.in_features, base.out_features)
+    return edits, count
+
+
+def low_rank_options(config: MethodConfig) -> LowRankOptions:
+    """What the settings say of low-rank branches.
+
+    Raises
+    ------
+    ConfigError
+        Where they contradict each other.
+    """
+    if config.dora and config.init == "pissa":
+        raise ConfigError("method.dora and method.init=pissa exclude each other", remedy="Choose one of them.")
+    if len(set(config.targets)) != len(config.targets):
+        raise ConfigError(f"method.targets names a target twice: {config.targets}", remedy="Name each target once.")
+    return LowRankOptions(config.rank, config.alpha, config.dropout, config.scaling, config.dora, config.init)
+
+
+def low_rank_count(options: LowRankOptions, n_in: int, n_out: int) -> int:
+    """Parameters of one branch: A and B, with DoRA also a magnitude for each output feature."""
+    return options.rank * (n_in + n_out) + (n_out if options.dora else 0)
+
+
+def low_rank_group(part: str, config: MethodConfig) -> str | Callable[[str], str]:
+    """The learning-rate group of a branch's tensors: with LoRA+ a B has one of its own."""
+    if config.lora_plus == 1:
+        return part
+    return lambda name: f"{part}.B" if name.endswith(("lora_B", ".B")) else part
+
+
+def low_rank_rules(config: MethodConfig) -> dict[str, GroupRule]:
+    """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns faster than A by a fixed ratio."""
+    if config.lora_plus == 1:
+        return {}
+    return {f"{part}.B": GroupRule(lr_factor=config.lora_plus) for part in ("encoder", "decoder")}
+
+
+def linear(part: nn.Module, name: str) -> nn.Linear:
+    """The Linear of this name within a part of the model.
+
+    Raises
+    ------
+    AdapterError
+        Where something else is there.
+    """
+    module = part.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise AdapterError(f"{name} is a {type(module).__name__}, not a Linear")
+    return module

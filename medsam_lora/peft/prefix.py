@@ -1,0 +1,79 @@
+"""Learned keys and values beside the attention of every block, behind a gate that starts closed.
+
+``out_h += tanh(g_h) softmax(q_h K_h^T / sqrt(d)) V_h`` for each head h, with p keys and values per block and head that
+all windows share. Prefix tuning (Li and Liang 2021, arXiv 2101.00190) with the zero-initialised gate of LLaMA-Adapter
+(Zhang et al. 2023, arXiv 2303.16199, section 3.2), written for SAM's windows: a softmax of its own leaves the relative
+positions of the real keys, and at the start the base model, exactly as they are. K and V are parameters, never cached.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from medsam_lora.config import MethodConfig
+from medsam_lora.peft.attention import put_together, take_apart
+from medsam_lora.peft.contract import Adaptation
+from medsam_lora.peft.decoder import decoder_part, linear, low_rank_rules
+from medsam_lora.peft.edits import Edit, extend
+from medsam_lora.peft.sites import cache_point_before, chosen_sites
+
+DEFAULT_TOKENS = 10
+
+
+class GatedPrefix(nn.Module):
+    """An attention with a gated prefix: mixed into the base's class by `extend`."""
+
+    takes_grid = False  # an encoder that hands whole grids to its attention gives windows to this one
+    prefix_k: nn.Parameter
+    prefix_v: nn.Parameter
+    prefix_gate: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, ..., C) to the same shape, for n windows."""
+        parts = take_apart(self, x)
+        out = parts.scores.softmax(dim=-1) @ parts.v
+        weights = (parts.q @ self.prefix_k.transpose(-2, -1)).softmax(dim=-1)
+        # The gate goes to the few values, not to the many tokens.
+        out = out + weights @ (torch.tanh(self.prefix_gate)[:, None, None] * self.prefix_v)
+        return put_together(self, out, x)
+
+
+def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -> Adaptation:
+    """Add a prefix to the chosen blocks of ``image_encoder``.
+
+    Parameters
+    ----------
+    model : Module
+    config : MethodConfig
+        `tokens` (p), `blocks`, `decoder`.
+    generator : torch.Generator
+        Of keys and values.
+    """
+    encoder = model.get_submodule("image_encoder")
+    sites = chosen_sites(encoder, config.blocks)
+    tokens = config.tokens or DEFAULT_TOKENS
+    edits: list[Edit] = []
+    count = 0
+    for site in sites:
+        base = encoder.get_submodule(site.attention)
+        like = linear(encoder, site.proj).weight
+        adapted = extend(base, GatedPrefix)
+        for name, rows in (("prefix_k", site.k), ("prefix_v", site.v)):
+            width = sum(len(part) for part in rows) // site.heads
+            # Scores and values of the size of one feature of a unit vector.
+            drawn = torch.randn(site.heads, tokens, width, generator=generator) * width**-0.5
+            adapted.register_parameter(name, nn.Parameter(drawn.to(like)))
+            count += site.heads * tokens * width
+        adapted.register_parameter("prefix_gate", nn.Parameter(like.new_zeros(site.heads)))
+        count += site.heads
+        edits.append(Edit(f"image_encoder.{site.attention}", base, adapted, "encoder"))
+    decoder_edits, decoder_count = decoder_part(model, config, generator)
+    return Adaptation(
+        model,
+        config,
+        edits + decoder_edits,
+        expected_count=count + decoder_count,
+        cache_point=cache_point_before(sites),
+        rules=low_rank_rules(config),
+    )

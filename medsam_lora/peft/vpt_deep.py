@@ -1,0 +1,84 @@
+"""Learned tokens in every block that all windows attend to: deep visual prompt tuning for SAM.
+
+In VPT-deep (Jia et al. 2022, arXiv 2203.12119, equation 6) what a block makes of its prompt tokens is thrown away
+before the next, so that they act as further keys and values alone. Here p tokens per block go through the block's own
+frozen LayerNorm and qkv, and their keys and values join those of every window, global attention included, under one
+softmax. Relative positions hold between the image's cells only. The adapted model does not start as the base model: a
+softmax over more keys is another one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from medsam_lora.config import MethodConfig
+from medsam_lora.peft.attention import join_softmax, put_together, take_apart
+from medsam_lora.peft.contract import Adaptation
+from medsam_lora.peft.decoder import decoder_part, linear, low_rank_rules
+from medsam_lora.peft.edits import Edit, extend
+from medsam_lora.peft.sites import AttentionSite, Rows, cache_point_before, chosen_sites
+
+DEFAULT_TOKENS = 10
+PATCH_VALUES = 3 * 16 * 16
+"""Of a patch of SAM's, for VPT's start: uniform up to ``sqrt(6 / (values of a patch + width))``, after Xavier."""
+
+
+class DeepPrompt(nn.Module):
+    """An attention with prompt tokens: mixed into the base's class by `extend`."""
+
+    takes_grid = False  # an encoder that hands whole grids to its attention gives windows to this one
+    prompt_tokens: nn.Parameter
+    prompt_site: AttentionSite
+    prompt_norm: tuple[nn.Module]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, ..., C) to the same shape, for n windows."""
+        # In a tuple, where torch does not see it: the LayerNorm belongs to the block.
+        (norm,) = self.prompt_norm
+        qkv = self.get_submodule("qkv")(norm(self.prompt_tokens))
+        k, v = (self._of_heads(qkv, rows) for rows in (self.prompt_site.k, self.prompt_site.v))
+        return put_together(self, join_softmax(take_apart(self, x), k, v), x)
+
+    def _of_heads(self, qkv: Tensor, rows: Rows) -> Tensor:
+        """Some output rows of the tokens' qkv, (p, rows), as (heads, p, d)."""
+        chosen = torch.cat([qkv[:, part.start : part.stop] for part in rows], dim=1)
+        return chosen.unflatten(1, (self.prompt_site.heads, -1)).transpose(0, 1)
+
+
+def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -> Adaptation:
+    """Add prompt tokens to the chosen blocks of ``image_encoder``.
+
+    Parameters
+    ----------
+    model : Module
+    config : MethodConfig
+        `tokens` (p), `blocks`, `decoder`.
+    generator : torch.Generator
+        Of the tokens.
+    """
+    encoder = model.get_submodule("image_encoder")
+    sites = chosen_sites(encoder, config.blocks)
+    tokens = config.tokens or DEFAULT_TOKENS
+    edits: list[Edit] = []
+    for site in sites:
+        base = encoder.get_submodule(site.attention)
+        adapted = extend(base, DeepPrompt)
+        bound = math.sqrt(6 / (PATCH_VALUES + site.dim_in))
+        drawn = torch.empty(tokens, site.dim_in).uniform_(-bound, bound, generator=generator)
+        drawn = drawn.to(linear(encoder, site.proj).weight)
+        adapted.register_parameter("prompt_tokens", nn.Parameter(drawn))
+        adapted.prompt_site = site
+        adapted.prompt_norm = (encoder.get_submodule(site.norm),)
+        edits.append(Edit(f"image_encoder.{site.attention}", base, adapted, "encoder"))
+    decoder_edits, decoder_count = decoder_part(model, config, generator)
+    return Adaptation(
+        model,
+        config,
+        edits + decoder_edits,
+        expected_count=sum(tokens * site.dim_in for site in sites) + decoder_count,
+        cache_point=cache_point_before(sites),
+        rules=low_rank_rules(config),
+    )

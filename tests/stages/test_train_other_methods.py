@@ -1,0 +1,69 @@
+"""Methods with learning rates, prompts and layers of their own, through the stages and back from their files."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from medsam_lora.config import Config, build_config
+from medsam_lora.datasets.phantom import make_cohort
+from medsam_lora.models.checkpoint import load_adapter
+from medsam_lora.stages.manifest import build_manifest
+from medsam_lora.stages.predict import predict
+from medsam_lora.stages.prepare import prepare
+from medsam_lora.stages.train import train
+
+SETTINGS = {
+    "data": {"modalities": ["t1c", "t2f"]},
+    "model": {"name": "vit_nano", "weights": "random", "image_size": 64},
+    "train": {"epochs": 1, "slices_per_epoch": 4, "batch_size": 2, "lr": 1e-3},
+}
+
+
+def config(**method: object) -> Config:
+    return build_config({**SETTINGS, "method": method})
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    folder = tmp_path_factory.mktemp("cohort")
+    make_cohort(folder / "cases", 3, 5, (32, 40, 12))
+    manifest = folder / "manifest.csv"
+    build_manifest(folder / "cases", manifest, {"train": 0.6, "val": 0.4}, 0)
+    store, outcome = prepare(manifest, folder / "cases", folder / "prepared", config(name="lora"))
+    assert not outcome.failed
+    return manifest, folder / "cases", store
+
+
+@pytest.mark.parametrize(
+    ("method", "encoder_rate"),
+    [
+        ({"name": "sam_parser+lora", "rank": 2, "lora_plus": 4.0, "lr_singular": 5e-3}, 1e-3),
+        ({"name": "sam_parser", "decoder": "frozen"}, 5e-3),
+        ({"name": "prefix", "tokens": 2, "blocks": "global", "decoder": "lora"}, 1e-3),
+        ({"name": "prompt_tokens"}, None),
+        ({"name": "sd_trans", "depth": 3, "bottleneck": 4}, 1e-3),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_trained_reloaded_and_predicted(
+    cohort: tuple[Path, Path, Path], method: dict, encoder_rate: float | None, tmp_path: Path
+) -> None:
+    manifest, root, store = cohort
+    settings = config(**method)
+    record = train(manifest, store, tmp_path / "run", settings, device="cpu")
+    assert record["method"] == method["name"] and record["reload_check"]["largest_difference"] <= 1e-6
+    tensors, metadata = load_adapter(tmp_path / "run" / "adapter.safetensors")
+    assert metadata["method_options"]["name"] == method["name"]
+    assert sum(t.numel() for t in tensors.values()) == record["trainable_parameters"]
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open(newline="")))
+    # The last update of a half cosine stands near its end; only which rate it is of is asked here.
+    shown = rows[-1]["lr_encoder"]
+    assert (shown == "") is (encoder_rate is None)
+    if encoder_rate is not None:
+        decay = float(rows[-1]["lr_decoder"]) / 1e-3 if rows[-1]["lr_decoder"] else None
+        assert decay is None or float(shown) / encoder_rate == pytest.approx(decay, rel=1e-6)
+    outcome = predict(manifest, root, tmp_path / "run", tmp_path / "out", settings, split="val", device="cpu")
+    assert outcome.done and len(outcome.done) == record["n_val_cases"] and not outcome.failed
