@@ -88,7 +88,7 @@ MODELS: Final[Mapping[str, ModelSpec]] = {
         3_805_952,
         "vit_nano.safetensors",
         None,
-        "09920e377ab4c77e5a44212c88d5de148fb989bcb0b8ed67787124940a63307c",
+        "ff3fb48ce760495e56b0b6ffb2bba4164d08de528b03d8378dccc1f5ac83f0b6",
         "vit_nano is for demonstration and tests, not for patients",
     ),
 }
