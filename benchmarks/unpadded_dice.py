@@ -3,9 +3,9 @@
     python benchmarks/unpadded_dice.py CASES_DIR [--model vit_t] [--weights official] [--image-size 512] [--step 12]
 
 Zero-shot, every `step`-th tumour slice of every case on the brain box over all cases, exact whole-tumour box,
-modalities fused by mean logit; every slice on both grids, one after the other. Printed are the Dice of each case, pooled over its
-slices, and the median CPU seconds of a slice with all its modalities, encoding and decoding. ViT-B with its weights:
-`--model vit_b --image-size 1024`. How *trained* models compare is a matter of two runs (docs/performance.md).
+modalities fused by mean logit; every slice on both grids, one after the other. Printed: the Dice of each case, pooled
+over its slices, and the median CPU seconds of a slice with all its modalities, encoding and decoding. ViT-B with its
+weights: `--model vit_b --image-size 1024`. How *trained* models compare is a matter of two runs (docs/performance.md).
 """
 
 from __future__ import annotations
