@@ -11,6 +11,10 @@ from torch import nn
 from medsam_lora.sam_modules import ImageEncoderViT
 
 IMAGE_SIZE: Final = 256
+
+PATCH: Final = 8
+"""Pixels per token (the official models: 16): with few tokens on an object its outline is coarse."""
+
 PROMPT_DIM: Final = 128
 """Width of the embedding and of the mask decoder's transformer (SAM: 256)."""
 
@@ -20,13 +24,13 @@ IOU_HIDDEN: Final = 128
 
 
 def nano_encoder() -> ImageEncoderViT:
-    """The encoder, (B, 3, 256, 256) to (B, 128, 16, 16): six blocks, every third with global attention.
+    """The encoder, (B, 3, 256, 256) to (B, 128, 32, 32): six blocks, every third with global attention.
 
-    Windows of 8 tile the 16 x 16 grid, so both kinds of attention and both kinds of position table are there.
+    Windows of 8 tile the 32 x 32 grid, so both kinds of attention and both kinds of position table are there.
     """
     return ImageEncoderViT(
         img_size=IMAGE_SIZE,
-        patch_size=16,
+        patch_size=PATCH,
         embed_dim=192,
         depth=6,
         num_heads=6,

@@ -35,7 +35,7 @@ from medsam_lora.sam_modules import (
 )
 
 PATCH: Final = 16
-"""Pixels per cell of the embedding, for every model here."""
+"""Pixels per cell of the embedding in the official models; sides of images are multiples of it in all."""
 
 SMALLEST_SIZE: Final = 32
 LARGEST_SIZE: Final = 4096
@@ -51,7 +51,7 @@ class SamModel(nn.Module):
     name : str
         A key of `MODELS`.
     image_encoder : Module
-        (B, 3, S, S) to (B, D, S/16, S/16).
+        (B, 3, S, S) to (B, D, S/P, S/P) for patches of P pixels: 16 but for `vit_nano`.
     prompt_encoder : PromptEncoder
     mask_decoder : MaskDecoder
     image_size : int
@@ -86,6 +86,11 @@ class SamModel(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(-1, 1, 1), persistent=False)
 
+    @property
+    def patch(self) -> int:
+        """Pixels per cell of the embedding, along each side."""
+        return self.prompt_encoder.input_image_size[0] // self.prompt_encoder.image_embedding_size[0]
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Image embeddings.
 
@@ -97,7 +102,8 @@ class SamModel(nn.Module):
 
         Returns
         -------
-        Tensor of float, shape (B, D, S/16, S/16) or (B, D, h/16, w/16)
+        Tensor of float, shape (B, D, S/P, S/P) or (B, D, h/P, w/P)
+            P is `patch`.
 
         Raises
         ------
@@ -260,7 +266,7 @@ def build(
         model.base_sha256 = sha256_of_state(model.state_dict())
     else:
         if name != "vit_t":
-            fit_positions(model, _size_of(state, spec.image_size))
+            fit_positions(model, _size_of(state, spec.image_size, model.patch))
         dropped = tiny_vit.DROPPED_KEYS if name == "vit_t" else ()
         model.load_state_dict(check_state(state, model.state_dict(), dropped, path))
         model.base_sha256 = digest
@@ -295,7 +301,7 @@ def fit_positions(model: SamModel, image_size: int) -> None:
     """
     if image_size == model.image_size:
         return
-    grid = image_size // PATCH
+    grid = image_size // model.patch
     encoder, prompt_encoder = model.image_encoder, model.prompt_encoder
     if isinstance(encoder, ImageEncoderViT):
         with torch.no_grad():
@@ -328,12 +334,12 @@ def _checked_size(image_size: int) -> int:
     return image_size
 
 
-def _size_of(state: Mapping[str, Tensor], native: int) -> int:
+def _size_of(state: Mapping[str, Tensor], native: int, patch: int) -> int:
     """The image size a ViT checkpoint was saved at: a merged model may have been trained at its own."""
     table = state.get("image_encoder.pos_embed")
     if table is None or table.ndim != 4 or table.shape[1] != table.shape[2]:
         return native  # check_state will say what is wrong
-    return table.shape[1] * PATCH
+    return table.shape[1] * patch
 
 
 def _read(name: str, weights: str) -> tuple[dict[str, Tensor] | None, str, Path | None]:
@@ -355,10 +361,10 @@ def _from_upstream(construct: Callable[[], Sam]) -> Parts:
 
 
 def _prompt_and_decoder(
-    image_size: int, dim: int, mlp_dim: int, heads: int, iou_hidden: int
+    image_size: int, patch: int, dim: int, mlp_dim: int, heads: int, iou_hidden: int
 ) -> tuple[PromptEncoder, MaskDecoder]:
     """SAM's prompt encoder and mask decoder at width `dim` (segment_anything.build_sam has 256, 2048, 8, 256)."""
-    grid = image_size // PATCH
+    grid = image_size // patch
     prompt_encoder = PromptEncoder(dim, (grid, grid), (image_size, image_size), mask_in_chans=16)
     transformer = TwoWayTransformer(depth=2, embedding_dim=dim, num_heads=heads, mlp_dim=mlp_dim)
     decoder = MaskDecoder(
@@ -368,11 +374,11 @@ def _prompt_and_decoder(
 
 
 def _vit_t() -> Parts:
-    return TinyViT(), *_prompt_and_decoder(1024, 256, 2048, 8, 256)
+    return TinyViT(), *_prompt_and_decoder(1024, PATCH, 256, 2048, 8, 256)
 
 
 def _vit_nano() -> Parts:
-    sizes = nano.IMAGE_SIZE, nano.PROMPT_DIM, nano.DECODER_MLP, nano.DECODER_HEADS, nano.IOU_HIDDEN
+    sizes = nano.IMAGE_SIZE, nano.PATCH, nano.PROMPT_DIM, nano.DECODER_MLP, nano.DECODER_HEADS, nano.IOU_HIDDEN
     return nano_encoder(), *_prompt_and_decoder(*sizes)
 
 

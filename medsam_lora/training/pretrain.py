@@ -22,7 +22,7 @@ from torch import Tensor
 from medsam_lora.datasets.scenes import make_scene, shapes_scene
 from medsam_lora.datasets.shapes import box_of
 from medsam_lora.models.precision import autocast
-from medsam_lora.models.sam import PATCH, SamModel
+from medsam_lora.models.sam import SamModel
 from medsam_lora.sam_modules import ImageEncoderViT
 from medsam_lora.training.losses import dice_loss, hard_iou
 
@@ -179,7 +179,7 @@ def train_step(
     size, n_images = recipe.pictures(step)
     rank, world = _place()
     batch = scene_batch(recipe.seed, step, range(rank, n_images, world), size, recipe.shapes(step))
-    masks, painted = (F.avg_pool2d(part.to(device), PATCH // 4) for part in (batch.masks, batch.painted))
+    masks, painted = (F.avg_pool2d(part.to(device), sam.patch // 4) for part in (batch.masks, batch.painted))
     near = _near(masks)
     for group in optimiser.param_groups:
         group["lr"] = recipe.rate(step)
@@ -241,9 +241,9 @@ def _near(target: Tensor) -> Tensor:
 @contextmanager
 def at_size(sam: SamModel, size: int) -> Iterator[None]:
     """Let the prompt encoder take prompts in pictures of another size; what was is put back."""
-    prompts = sam.prompt_encoder
+    prompts, patch = sam.prompt_encoder, sam.patch
     kept = prompts.input_image_size, prompts.image_embedding_size
-    prompts.input_image_size, prompts.image_embedding_size = (size, size), (size // PATCH, size // PATCH)
+    prompts.input_image_size, prompts.image_embedding_size = (size, size), (size // patch, size // patch)
     try:
         yield
     finally:
@@ -261,7 +261,7 @@ def encode(sam: SamModel, pixels: Tensor) -> Tensor:
 
     Returns
     -------
-    Tensor, shape (B, D, S/16, S/16)
+    Tensor, shape (B, D, S/P, S/P)
     """
     encoder = sam.image_encoder
     assert isinstance(encoder, ImageEncoderViT)
