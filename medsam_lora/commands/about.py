@@ -32,7 +32,7 @@ def info(
         float | None, typer.Option(help="For --plan: memory of the device; by default that of the one found here.")
     ] = None,
 ) -> None:
-    """Print versions, the device, and the known models and methods; or what a run will take (--plan)."""
+    """Print versions, device, models and methods; or plan a run (--plan)."""
     from medsam_lora.stages.info import as_text, collect
 
     found = collect()

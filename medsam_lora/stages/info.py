@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -114,7 +115,10 @@ def as_text(info: Mapping[str, Any]) -> str:
         here = "weights in this package" if MODELS[model["name"]].embedded else model["weights"]
         weights = here or ("no weights here" if model["official_weights"] else "needs no weights")
         lines.append(f"  {model['name']:<10}{model['summary']} ({count}{model['image_size']} px): {weights}")
-    lines += ["", "methods", *(f"  {method['name']:<14}{method['summary']}" for method in info["methods"])]
+    lines += ["", "methods"]
+    for method in info["methods"]:
+        entry = f"  {method['name']:<17}{method['summary']}"
+        lines += textwrap.wrap(entry, 118, subsequent_indent=" " * 19, drop_whitespace=True)
     return "\n".join(lines)
 
 

@@ -18,6 +18,10 @@ from medsam_lora.transforms.resizing import covered_frame
 ASSUMED_CROP = 150, 200
 """A brain box in voxels, where the configuration leaves it to be fitted: about that of BraTS."""
 
+USABLE = {"cpu": 0.5, "cuda": 0.9}
+"""Share of a memory that a step's tensors may fill. On the CPU the gaps that short-lived tensors leave between those that
+are kept are not used again: resident memory grows by 1.3 to 1.9 times the bytes of the tensors (glibc)."""
+
 _FLOAT = 4
 _ADAM_COPIES = 2  # its two moments, for each trainable parameter
 
@@ -31,15 +35,16 @@ def plan(config: Config, *, device: str = "cpu", memory_gib: float | None = None
     device : {"cpu", "cuda"}
         Where it will run, which decides how attention is computed.
     memory_gib : float, optional
-        Of the device; the largest batch is for nine tenths of it.
+        Of the device; the largest batch is for the share of it in `USABLE`.
 
     Returns
     -------
     dict
         Plain data: ``parameters``, ``trainable``, ``images_per_step``, ``frame``, ``crop``, ``saved_mib`` (kept for the
-        backward pass), ``peak_mib`` (a lower bound: weights, gradients, optimiser and the largest moment of a step; not
-        the interpreter, libraries, a CUDA context or what an allocator holds back), ``largest_batch`` (slices, None
-        without `memory_gib`, 0 where one does not fit), ``tflop_per_step`` (None for CUDA), ``settings``, ``device``.
+        backward pass), ``peak_mib`` (tensors: weights, gradients, optimiser and the largest moment of a step; not the
+        interpreter, libraries, a CUDA context or what an allocator holds back, for which see `USABLE`),
+        ``largest_batch`` (slices, None without `memory_gib`, 0 where one does not fit), ``tflop_per_step`` (None for
+        CUDA), ``settings``, ``device``.
     """
     model, train = config.model, config.train
     size = model.image_size or model_spec(model.name).image_size
@@ -66,7 +71,7 @@ def plan(config: Config, *, device: str = "cpu", memory_gib: float | None = None
 
     largest = None
     if memory_gib is not None:
-        room = 0.9 * memory_gib * 1024 * MIB
+        room = USABLE[device] * memory_gib * 1024 * MIB
         per_slice = peak(1 + n_modalities) - peak(1)
         first = peak(n_modalities)
         largest = 0 if first > room else 1 + int((room - first) // max(1, per_slice))
@@ -94,6 +99,7 @@ def as_text(info: Mapping[str, Any]) -> str:
     batch = found["images_per_step"] // len(found["settings"]["modalities"])
     crop = " x ".join(map(str, found["crop"])) + (" (assumed: crop.size is not set)" if found["crop_assumed"] else "")
     settings = {k: v for k, v in found["settings"].items() if k != "modalities"}
+    beside = "; resident up to twice that, and the interpreter" if found["device"] == "cpu" else ", and a CUDA context"
     lines = [
         ", ".join(f"{name} {value}" for name, value in settings.items()),
         f"on          {found['device']}, autocast {found['amp']}",
@@ -101,7 +107,7 @@ def as_text(info: Mapping[str, Any]) -> str:
         f"step        {batch} slices of {len(found['settings']['modalities'])} modalities: "
         f"{found['images_per_step']} images of {found['frame'][0]} x {found['frame'][1]} px, crop {crop}",
         f"saved       {found['saved_mib']:,} MiB for the backward pass",
-        f"peak        at least {found['peak_mib']:,} MiB, interpreter and libraries not counted",
+        f"peak        {found['peak_mib']:,} MiB of tensors" + beside,
     ]
     if found["tflop_per_step"] is not None:
         lines.append(f"operations  {found['tflop_per_step']:.3g} TFLOP a step")

@@ -296,7 +296,18 @@ def _average_gradients(sam: SamModel, world: int) -> None:
 
 
 def scene_batch(seed: int, step: int, numbers: Sequence[int], size: int, shapes: float = 0.0) -> SceneBatch:
-    """The scenes of those numbers of one batch; each is a function of (seed, step, number)."""
+    """The scenes of those numbers of one batch; each is a function of (seed, step, number).
+
+    Parameters
+    ----------
+    seed, step : int
+    numbers : sequence of int
+        Of the batch's pictures, the ones to draw.
+    size : int
+        Side of the pictures.
+    shapes : float
+        Share of pictures that are of `datasets.shapes`.
+    """
     images, counts, boxes, points, masks, painted = [], [], [], [], [], []
     n_points = 1 + int(np.random.default_rng([seed, step]).integers(MOST_POINTS))
     for i in numbers:

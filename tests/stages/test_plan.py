@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from medsam_lora.cli import app
 from medsam_lora.config import build_config
-from medsam_lora.stages.plan import as_text, plan
+from medsam_lora.stages.plan import USABLE, as_text, plan
 
 MEASURE = """
 import json, resource, sys
@@ -25,7 +25,7 @@ h, w = map(int, sys.argv[2:4])
 segmenter = build_segmenter(config.model, config.method, config.fusion, ["t1c"], ["WT"], 0, torch.device("cpu"))
 segmenter.sam.image_encoder.checkpointing = config.train.checkpointing
 optimiser = torch.optim.AdamW([p for p in segmenter.parameters() if p.requires_grad])
-found = {}
+found = {"before": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 for n in map(int, sys.argv[4:]):
     boxes = torch.tensor([[8.0, 8.0, 60.0, 60.0]] * n)
     for _ in range(2):
@@ -66,8 +66,10 @@ def test_the_prediction_is_what_is_measured(checkpointing: bool) -> None:
     measured = json.loads(done.stdout)
     for found, images in ((small, "4"), (large, "12")):
         assert found["saved_mib"] == pytest.approx(measured[images]["saved"], rel=0.01)
-        # A lower bound: the process holds interpreter, libraries and what the allocator did not give back beside it.
-        assert found["peak_mib"] < measured[images]["peak"]
+    # The smaller step left pages that the larger one uses; what a process holds before both is not in the prediction.
+    grown = measured["12"]["peak"] - measured["before"]
+    weights = large["parameters"] * 4 / 2**20
+    assert large["peak_mib"] - weights < grown < 2 * large["peak_mib"]
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
@@ -78,7 +80,7 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     def peak(batch: int) -> float:
         return plan(build_config({**data, "train": {"batch_size": batch}}))["peak_mib"]
 
-    assert peak(largest) <= 0.9 * 2048 < peak(largest + 1)
+    assert peak(largest) <= USABLE["cpu"] * 2048 < peak(largest + 1)
     assert plan(build_config(data), memory_gib=0.05)["largest_batch"] == 0
 
 

@@ -80,7 +80,7 @@ def test_attention_of_a_block_against_loops() -> None:
         for j in (0, 3):
             cells = padded[i : i + 3, j : j + 3].reshape(9, width)
             expected[i : i + 3, j : j + 3] = slow_attention(block.attn, cells, window).view(3, 3, width)
-    torch.testing.assert_close(block._attend(x)[0], expected[:5, :4], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(block.attended(x)[0], expected[:5, :4], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def test_a_block_is_attention_then_convolution_then_perceptron() -> None:
     block = TinyViTBlock(8, heads=2, window=2)
     randomised(block)
     x = noise(2, 4, 4, 8)
-    after = x + block._attend(x)
+    after = x + block.attended(x)
     after = block.local_conv.bn(block.local_conv.c(after.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
     hidden = nn.functional.gelu(block.mlp.norm(after) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias)
     expected = after + hidden @ block.mlp.fc2.weight.T + block.mlp.fc2.bias

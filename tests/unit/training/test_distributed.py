@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_case  # type: ignore[import-not-found]
+from prepared_cases import make_case
 
 from medsam_lora.config import FusionConfig, MethodConfig, ModelConfig, TrainConfig
 from medsam_lora.errors import TrainingError
