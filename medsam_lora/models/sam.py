@@ -298,6 +298,9 @@ def fit_positions(model: SamModel, image_size: int) -> None:
     Absolute positions are interpolated bicubically as a (g, g) image. The relative positions of blocks with global
     attention are interpolated linearly from 2 g - 1 to 2 g' - 1 rows: what upstream's `get_rel_pos` would do at
     every forward, done once, so that a stored table means the same whatever runs it. Windowed blocks are not touched.
+
+    `vit_nano` was trained at several sizes with tables that are cut for a smaller one, their middle kept: a distance of
+    one token means the same at each. It is given them in that way.
     """
     if image_size == model.image_size:
         return
@@ -310,8 +313,9 @@ def fit_positions(model: SamModel, image_size: int) -> None:
             encoder.pos_embed = nn.Parameter(table.permute(0, 2, 3, 1).contiguous())
             for block in encoder.blocks:
                 if block.window_size == 0:
-                    block.attn.rel_pos_h = nn.Parameter(_stretched(block.attn.rel_pos_h, 2 * grid - 1))
-                    block.attn.rel_pos_w = nn.Parameter(_stretched(block.attn.rel_pos_w, 2 * grid - 1))
+                    fitted = _cut if model.name == "vit_nano" else _stretched
+                    block.attn.rel_pos_h = nn.Parameter(fitted(block.attn.rel_pos_h, 2 * grid - 1))
+                    block.attn.rel_pos_w = nn.Parameter(fitted(block.attn.rel_pos_w, 2 * grid - 1))
     encoder.img_size = image_size  # type: ignore[assignment]
     prompt_encoder.input_image_size = (image_size, image_size)
     prompt_encoder.image_embedding_size = (grid, grid)
@@ -321,6 +325,12 @@ def fit_positions(model: SamModel, image_size: int) -> None:
 
 def _stretched(table: Tensor, rows: int) -> Tensor:
     return F.interpolate(table.T[None], size=rows, mode="linear", align_corners=False)[0].T.contiguous()
+
+
+def _cut(table: Tensor, rows: int) -> Tensor:
+    """The middle of a table; a longer one than there is has to be stretched."""
+    spare = len(table) - rows
+    return table[spare // 2 : spare // 2 + rows].clone() if spare >= 0 else _stretched(table, rows)
 
 
 def _checked_size(image_size: int) -> int:

@@ -127,13 +127,13 @@ def test_vit_t_with_official_weights(weights_dir: object) -> None:
 
 def test_positions_are_those_upstream_interpolates_at_run_time() -> None:
     # Upstream's blocks interpolate a stored table of another length at every forward; ours is stored interpolated.
-    native = build("vit_nano", "random", seed=3, attention="reference")
-    smaller = build("vit_nano", "random", 160, seed=3, attention="reference")
-    assert smaller.image_encoder.blocks[2].attn.rel_pos_h.shape == (19, 32)
+    native = build("vit_b", "random", seed=3, attention="reference")
+    smaller = build("vit_b", "random", 160, seed=3, attention="reference")
+    assert smaller.image_encoder.blocks[2].attn.rel_pos_h.shape == (19, 64)
     native.image_encoder.pos_embed = smaller.image_encoder.pos_embed
     pixels = torch.randn(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = native.image_encoder(pixels)
         assert torch.equal(smaller.encode(pixels), expected)
-        ours = build("vit_nano", image_size=160, seed=3).encode(pixels)
+        ours = build("vit_b", "random", 160, seed=3).encode(pixels)
     assert (ours - expected).abs().max() <= TOLERANCE * expected.abs().max()

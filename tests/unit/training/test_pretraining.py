@@ -38,7 +38,7 @@ def test_another_size_is_what_a_model_of_that_size_would_compute() -> None:
             found, _ = native.decode(encode(native, pixels), boxes)
         assert torch.allclose(found, expected, atol=1e-5)
     assert native.prompt_encoder.input_image_size == (64, 64)
-    assert native.prompt_encoder.image_embedding_size == (4, 4)
+    assert native.prompt_encoder.image_embedding_size == (8, 8)
 
 
 def test_every_tensor_learns_from_both_sizes() -> None:
