@@ -114,11 +114,10 @@ def as_text(info: Mapping[str, Any]) -> str:
         count = f"{model['parameters'] / 1e6:.1f} M parameters, " if model["parameters"] else ""
         here = "weights in this package" if MODELS[model["name"]].embedded else model["weights"]
         weights = here or ("no weights here" if model["official_weights"] else "needs no weights")
-        lines.append(f"  {model['name']:<10}{model['summary']} ({count}{model['image_size']} px): {weights}")
+        lines += _hanging(f"  {model['name']:<10}{model['summary']} ({count}{model['image_size']} px): {weights}", 12)
     lines += ["", "methods"]
     for method in info["methods"]:
-        entry = f"  {method['name']:<17}{method['summary']}"
-        lines += textwrap.wrap(entry, 118, subsequent_indent=" " * 19, drop_whitespace=True)
+        lines += _hanging(f"  {method['name']:<17}{method['summary']}", 19)
     return "\n".join(lines)
 
 
@@ -169,6 +168,11 @@ def _ram_gib() -> float | None:
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
     return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB, 1)
+
+
+def _hanging(entry: str, indent: int) -> list[str]:
+    # A path stays in one piece, to be copied.
+    return textwrap.wrap(entry, 118, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _wrapped(head: str, words: Sequence[str], width: int = 100) -> list[str]:
