@@ -85,10 +85,10 @@ MODELS: Final[Mapping[str, ModelSpec]] = {
         "vit_nano",
         "SAM's own classes at 256 px, pre-trained on synthetic scenes; for demonstration and tests, not for patients",
         256,
-        3_805_952,
+        3_846_912,
         "vit_nano.safetensors",
         None,
-        "ff3fb48ce760495e56b0b6ffb2bba4164d08de528b03d8378dccc1f5ac83f0b6",
+        "d567436b89ee3cac9ef6fd116936d4966a7fd33d2705e9849f9a0685e8a4294f",
         "vit_nano is for demonstration and tests, not for patients",
     ),
 }
