@@ -192,7 +192,7 @@ class TrainConfig(Section):
     slices_per_epoch: int | None = Field(
         None,
         ge=1,
-        description="Slices drawn per epoch, some of them again where there are fewer; null is each training slice once.",
+        description="Slices drawn per epoch, some again where there are fewer; null is each training slice once.",
     )
     batch_size: int = Field(2, ge=1, description="Slices per step, each with all its modalities.")
     accumulation: int = Field(1, ge=1, description="Steps whose gradients are added up before an update.")

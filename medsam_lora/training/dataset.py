@@ -233,8 +233,8 @@ def plan_batches(items: Sequence[int], shapes: Sequence[tuple[int, int]], batch_
 def epoch_order(n_items: int, seed: int, epoch: int, limit: int | None = None) -> list[int]:
     """The order of one epoch: a permutation drawn from (seed, epoch), cut to `limit` items.
 
-    Where `limit` is above `n_items`, more permutations follow; their items count on from `n_items`, so that a slice that
-    comes again is jittered and mirrored anew.
+    Where `limit` is above `n_items`, more permutations follow; their items count on from `n_items`, so that a slice
+    that comes again is jittered and mirrored anew.
 
     Examples
     --------
