@@ -64,7 +64,7 @@ class Group:
         known = [value for value in found if value is not None]
         if len(known) < len(found):
             return None
-        return max(known) if name == "peak_memory_mib" else sum(known) / len(known)
+        return of_all(name, known)
 
     def scores(self, region: str) -> tuple[list[float], list[str]]:
         """Dice per case, its mean over the seeds, and the patient of each case."""
@@ -81,6 +81,13 @@ class Group:
         """The mean Dice of each run."""
         dice = SCORES["dice"]
         return [float(np.mean([e.number(row, dice) for row in e.of(region).values()])) for e in self.entries]
+
+
+def of_all(name: str, values: Sequence[float]) -> float:
+    """A cost of several runs or folds: the mean, of memory the largest; a count that all share stays a whole number."""
+    if name == "peak_memory_mib" or len(set(values)) == 1:
+        return max(values)
+    return sum(values) / len(values)
 
 
 def seed_groups(entries: Sequence[Entry], facts: Mapping[str, Facts]) -> list[Group]:
@@ -178,8 +185,10 @@ def _common(labels: Sequence[str]) -> str:
 
     Examples
     --------
-    >>> _common(["rank=4,seed=0", "rank=4,seed=1"]), _common(["lora_s0", "lora_s1"]), _common(["lora (a, seed=0)", "lora (a, seed=1)"])
-    ('rank=4', 'lora', 'lora (a)')
+    >>> _common(["rank=4,seed=0", "rank=4,seed=1"]), _common(["lora_s0", "lora_s1"]), _common(["one", "two"])
+    ('rank=4', 'lora', 'one')
+    >>> _common(["lora (a, seed=0)", "lora (a, seed=1)"])
+    'lora (a)'
     """
     same = takewhile(lambda letters: len(set(letters)) == 1, zip(*labels, strict=False))
     label = _BEFORE_SEED.sub("", "".join(letters[0] for letters in same)) or labels[0]

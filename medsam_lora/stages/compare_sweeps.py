@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from medsam_lora.analysis.comparison_text import Picture, capital
-from medsam_lora.analysis.costs import COSTS, SEED, Facts, Group
+from medsam_lora.analysis.costs import COSTS, SEED, Facts, Group, of_all
 from medsam_lora.analysis.entries import Entry
 from medsam_lora.analysis.wording import method_name, region_name
 from medsam_lora.config import Config, build_config, load_yaml
@@ -81,7 +81,7 @@ def _costs(entries: Sequence[Entry], entry: Entry) -> dict[str, float]:
     for name in COSTS:
         values = [record[name] for record in records if isinstance(record.get(name), int | float)]
         if values and len(values) == len(records):
-            costs[name] = max(values) if name == "peak_memory_mib" else sum(values) / len(values)
+            costs[name] = of_all(name, values)
     return costs
 
 

@@ -23,7 +23,7 @@ def check_key(key: str) -> None:
     >>> check_key("method.rnak")
     Traceback (most recent call last):
         ...
-    medsam_lora.errors.ConfigError: unknown key method.rnak; did you mean method.rank?
+    medsam_lora.errors.ConfigError: unknown key method.rnak; did you mean method.rank?...
     """
     known = [f"{s}.{k}" for s, field in Config.model_fields.items() for k in type(field.default).model_fields]
     if key not in known:
