@@ -161,6 +161,10 @@ class _Axis:
     def place(self, value: Any) -> float:
         return value if self.numeric else self.values.index(value)
 
+    def line(self, places: Sequence[float]) -> str:
+        """Numbers are joined, where each comes once; names have nothing between them."""
+        return "-" if self.numeric and len(set(places)) == len(places) else "none"
+
     def dress(self, axes: Axes) -> None:
         if self.logarithmic:
             axes.set_xscale("log", base=2)
@@ -182,7 +186,7 @@ def _scores(axes: Axes, panel: Panel, axis: _Axis, floor: str | None, bootstrap:
         spans = np.array([[mean - low, high - mean] for mean, low, high in stats]).T
         at = [axis.place(point.value) for point in ordered]
         label = f"{name}: mean, 95 % interval"
-        line = "-" if axis.numeric else "none"
+        line = axis.line(at)
         # An interval of a bootstrap may by a rounding begin above its mean.
         spans = np.maximum(spans, 0)
         axes.errorbar(at, means, spans, color=colour, marker="o", linestyle=line, capsize=3, zorder=3, label=label)
@@ -211,10 +215,10 @@ def _costs(axes: Axes, panel: Panel, axis: _Axis, cost: str) -> None:
     for points, colour in zip(panel.series.values(), colour_cycle(len(panel.series)), strict=True):
         known = sorted((p for p in points if cost in p.costs), key=lambda point: axis.place(point.value))
         at, values = [axis.place(point.value) for point in known], [point.costs[cost] for point in known]
-        axes.plot(at, values, color=colour, marker="o", markersize=4, linestyle="-" if axis.numeric else "none")
+        axes.plot(at, values, color=colour, marker="o", markersize=4, linestyle=axis.line(at))
     axis.dress(axes)
     # From zero, so that a large cost looks large; what costs the same looks the same.
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(point.costs.get(cost, 0) for points in panel.series.values() for point in points) or 1)
     axes.yaxis.set_major_formatter(lambda value, _: short_count(value))
     axes.set_title(COST_AXES[cost], fontsize=9)
 
@@ -230,6 +234,7 @@ def _cost_scale(axes: Axes, values: Sequence[float]) -> None:
     if positive and max(positive) >= 10 * min(positive):
         # Zero-shot trains nothing: it keeps its place at the left end.
         axes.set_xscale("symlog", linthresh=min(positive))
+    axes.set_xlim(left=-0.03 * max(positive, default=1), right=1.15 * max(positive, default=1))
     axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 RANK: Final = "method.rank"
 _MOST_LINES = 6
+_MOST_SERIES = 8
 
 
 def owned(entries: Sequence[Entry], entry: Entry, name: str) -> Path | None:
@@ -192,6 +193,9 @@ def _series(groups: Sequence[Group], key: str, notes: list[str]) -> dict[str, li
             split.setdefault(", ".join([method_name(method), *told] if method else told or ["methods"]), []).append(
                 group
             )
+        if len(split) > _MOST_SERIES:
+            # A study tries values of its own in every run: no two of them make a curve.
+            inner, split = [], {method_name(method) or "methods": members}
         found |= split
         others = [k for k in _differing(members) if k not in (key, SEED, *inner)]
         if others:

@@ -14,7 +14,7 @@ _LONGEST: Final = 180
 
 
 def key_names(keys: Sequence[str]) -> dict[str, str]:
-    """A short name for every key: its last part, its section where that is ``name``, itself where two share a short one.
+    """Short names of keys: the last part, or the section of a ``name``; the whole key where two would share one.
 
     Examples
     --------

@@ -17,13 +17,13 @@ import numpy as np
 import yaml
 
 from medsam_lora.errors import ConfigError
-from medsam_lora.io.files import write_bytes_atomically
+from medsam_lora.io.files import sha256_of, write_bytes_atomically
 from medsam_lora.io.tables import read_table
 from medsam_lora.stages.pipeline import Method
 from medsam_lora.stages.point_names import text_of
 from medsam_lora.stages.scoring import FLOOR
-from medsam_lora.stages.sweep import check_base, run_point, write_sweep_table
 from medsam_lora.stages.sweep_file import Point, Sweep, point_of, swept_methods
+from medsam_lora.stages.sweep_points import run_point, write_sweep_table
 from medsam_lora.stages.sweep_table import FAILED
 from medsam_lora.stages.workplace import Workplace, timed
 
@@ -75,7 +75,8 @@ def run_study(place: Workplace, sweep: Sweep) -> list[Point]:
     ConfigError
         Where ``study.db`` is of other settings.
     """
-    base = check_base(sweep)
+    assert sweep.split == "val"
+    (base,) = swept_methods(sweep)
     options = sweep.settings.study
     assert options is not None
     course = _Course(place, sweep, base, _open(place, sweep, base))
@@ -169,7 +170,9 @@ class _Course:
 
 def _pipeline_of(sweep: Sweep, point: Point) -> str:
     """A pipeline file with the point and the methods that were not tuned, all sections in full."""
-    settings = sweep.pipeline.settings.model_dump(mode="json", exclude={"methods", "stages", "name", "description"})
+    settings = sweep.pipeline.settings.model_dump(
+        mode="json", exclude={"methods", "stages", "name", "description", "pretrain"}
+    )
     tuned = swept_methods(sweep)
     entries: list[dict[str, Any]] = []
     for method in [*(m for m in sweep.pipeline.methods if m not in tuned), point.method]:
@@ -199,26 +202,26 @@ def _open(place: Workplace, sweep: Sweep, base: Method) -> Study:
         direction="maximize",
         load_if_exists=True,
     )
-    identity = _identity(sweep, base)
+    identity = _identity(place, sweep, base)
     known = study.user_attrs.get(_IDENTITY)
     if known is None:
         study.set_user_attr(_IDENTITY, identity)
     elif known != identity:
         raise ConfigError(
-            "the study was begun with other keys, settings or seed",
+            "the study was begun with other keys, settings, cases or seed",
             path=path,
             remedy="Go on with those (study.trials may differ), or give another --out.",
         )
     return study
 
 
-def _identity(sweep: Sweep, base: Method) -> str:
+def _identity(place: Workplace, sweep: Sweep, base: Method) -> str:
     study = sweep.settings.study
     assert study is not None
     facts = {
         "study": study.model_dump(mode="json", exclude={"trials"}),
         "config": base.config.model_dump(mode="json", exclude={"train": {"cache_gib", "processes"}}),
-        "cases": sweep.pipeline.settings.model_dump(mode="json", include={"phantom", "split"}),
+        "cases": sha256_of(place.manifest),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

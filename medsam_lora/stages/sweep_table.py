@@ -71,12 +71,12 @@ def table_rows(
     table = []
     for point in points:
         own = scored.get(point.label, {})
-        row: dict[str, Any] = {"point": point.label, "split": sweep.split, "status": states[point.label]}
-        row |= {"error": errors.get(point.label, ""), **point.values}
+        line: dict[str, Any] = {"point": point.label, "split": sweep.split, "status": states[point.label]}
+        line |= {"error": errors.get(point.label, ""), **point.values}
         for region, found in own.items():
-            row |= {f"{region}_{name}": found[name] for name in ("dice_mean", "dice_low", "dice_high")}
-            row |= {"n_cases": found["n_cases"]} | {name: found[name] for name in COSTS}
-        table.append(row)
+            line |= {f"{region}_{name}": found[name] for name in ("dice_mean", "dice_low", "dice_high")}
+            line |= {"n_cases": found["n_cases"]} | {name: found[name] for name in COSTS}
+        table.append(line)
     return columns, table
 
 
