@@ -287,7 +287,7 @@ def test_the_thesis_setting_runs_at_tiny_size(tmp_path: Path) -> None:
 
 SMALL = [
     *("model.name=vit_nano", "model.weights=random", "model.image_size=64", "train.epochs=1"),
-    *("train.amp=none", "predict.amp=none", "train.batch_size=2"),
+    *("train.amp=none", "predict.amp=none", "train.batch_size=2", "predict.batch_size=16"),
 ]
 
 
@@ -317,7 +317,7 @@ def test_every_method_of_the_comparison_runs_at_tiny_size(tmp_path: Path) -> Non
     data = yaml.safe_load((CHECKOUT / "pipelines" / "methods_real_vit_t.yaml").read_text())
     del data["folds"]
     path.write_text(
-        yaml.safe_dump({**data, "phantom": {"cases": 6, "seed": 3, "shape": [48, 56, 20]}, "split": TINY["split"]})
+        yaml.safe_dump({**data, "phantom": {"cases": 6, "seed": 3, "shape": [40, 48, 12]}, "split": TINY["split"]})
     )
     stages = "pipeline.stages=[verify,prepare,train,predict,evaluate]"
     settings = [*SMALL, "train.slices_per_epoch=2", "evaluate.bootstrap=100", "evaluate.challenge=null", stages]
