@@ -37,7 +37,7 @@ from medsam_lora.prompts.sources import inside, on_grid, read_box_table, referen
 from medsam_lora.records import CaseRecord, CaseVolumes, Finding, SliceBox, StageOutcome
 from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.stages.train import ADAPTER_FILE, CACHE_FOLDER
-from medsam_lora.training.guards import peak_memory_mib
+from medsam_lora.training.guards import peak_memory_mib, reset_peak_memory
 from medsam_lora.transforms.stages import PreparePlan, crop_geometry, prepare_case
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ def predict(
     keep_freed_memory()
     adapter = run if run.is_file() else run / ADAPTER_FILE
     target = choose_device(device)
+    reset_peak_memory(target)
     records = _chosen(read_manifest(manifest), split, manifest)
     given = None if boxes is None else read_box_table(boxes)
     chosen = config.model.model_fields_set

@@ -31,7 +31,7 @@ from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.stages.training_cases import check_cases, find_store, first_slices, split_cases
 from medsam_lora.training.dataset import PromptOptions, SliceDataset
 from medsam_lora.training.distributed import Group, joined, launch, under_torchrun
-from medsam_lora.training.guards import peak_memory_mib
+from medsam_lora.training.guards import peak_memory_mib, reset_peak_memory
 from medsam_lora.training.log import LOG_COLUMNS
 from medsam_lora.training.loop import Trainer
 
@@ -121,6 +121,7 @@ def _train_as(
     store = find_store(prepared)
     training, validation = split_cases(store, manifest)
     target = choose_device(device)
+    reset_peak_memory(target)
     # One place for both: an adapter's initialisation and the order of its training slices.
     seed = config.train.seed
     modalities = config.data.modalities
@@ -175,6 +176,7 @@ def _train_as(
         "amp": resolve_amp(config.train.amp, target),
         "peak_memory_mib": peak_memory_mib(target),
         "duration_s": time.perf_counter() - started,
+        **_time_record(rows),
         "prompt_source": REFERENCE_BOX,
         "regions": list(segmenter.regions),
         "postprocess": postprocess.describe(postprocess.from_json(metadata.get("postprocess", {}))),
@@ -185,6 +187,13 @@ def _train_as(
     }
     write_json(run / "run.json", record)
     return record
+
+
+def _time_record(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds of the epochs, whenever they ran, without validation; updates of the weights; seconds for each."""
+    seconds = sum(row.get("duration_s") or 0.0 for row in rows)
+    updates = sum(row.get("updates") or 0 for row in rows)
+    return {"train_seconds": seconds, "updates": updates, "seconds_per_step": seconds / updates if updates else None}
 
 
 def _cache_record(segmenter: Segmenter, config: Config) -> dict[str, Any] | None:
