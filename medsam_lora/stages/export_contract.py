@@ -90,16 +90,10 @@ def contract(segmenter: Segmenter, metadata: Mapping[str, Any]) -> dict[str, Any
             "tokens": dict(zip(segmenter.regions, segmenter.main_tokens, strict=True)),
             "tokens_mean": "number of the mask token (axis 1 of the logits) that is a region's mask",
             "by_area": segmenter.regions_by_area,
-            **(
-                {
-                    "by_area_means": "the method trains no regions: the largest of the masks of a slice is WT, then TC, ET"
-                }
-                if segmenter.regions_by_area
-                else {}
-            ),
+            "by_area_means": "true: the method trains no regions, and the masks of a slice are given to them by area",
             "several_boxes": "one mask from those of several boxes of a slice: the largest logit at every pixel",
-            "back": f"after the fusion: bilinear to {frame[0]} x {frame[1]} model pixels, without the padding, bilinear "
-            "to the crop (both with align_corners=False); foreground where the logit is above 0",
+            "back": f"after the fusion: bilinear to {frame[0]} x {frame[1]} model pixels, without the padding, "
+            "bilinear to the crop (both with align_corners=False); foreground where the logit is above 0",
             "nested": "every region within the one before it, where there are several",
             "clean_up": postprocess.describe(postprocess.from_json(metadata.get("postprocess", {}))),
         },

@@ -129,7 +129,7 @@ def largest_difference(folder: Path, encoder: nn.Module, decoder: nn.Module, pix
 
 
 def some_boxes(h: int, w: int, n: int) -> Tensor:
-    """n different boxes inside a frame of h x w model pixels, XYXY, float32 (n, 4)."""
+    """N different boxes inside a frame of h x w model pixels, XYXY, float32 (n, 4)."""
     drawn = torch.rand(n, 4, generator=torch.Generator().manual_seed(n))
     low = drawn[:, :2] * 0.4
     return torch.cat([low, low + 0.2 + 0.3 * drawn[:, 2:]], dim=1) * torch.tensor([w, h, w, h])
