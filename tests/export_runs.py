@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,3 +44,12 @@ def run_folder(
     }
     save_adapter(folder / "adapter.safetensors", moved, metadata)
     return folder
+
+
+def snippet(section: str, names: dict[str, Any]) -> dict[str, Any]:
+    """What the Python of one section of docs/export.md leaves in its names, run in the working directory."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "export.md").read_text(encoding="utf-8")
+    text = page.partition(f"\n{section}\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, "docs/export.md", "exec"), names)
+    return names

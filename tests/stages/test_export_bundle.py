@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 import torch
 from export_runs import BASE, run_folder
+from monai.bundle import verify_metadata, verify_net_in_out
 
 import medsam_lora
 from medsam_lora.config import MethodConfig, build_config
 from medsam_lora.datasets.phantom import make_cohort
-from medsam_lora.errors import AdapterError
+from medsam_lora.errors import AdapterError, DataError
 from medsam_lora.io.manifest import read_manifest
 from medsam_lora.io.predictions import read_record
 from medsam_lora.stages import export_bundle
-from medsam_lora.stages.bundle import BundleNetwork, loaded
+from medsam_lora.stages.bundle import BundleNetwork, CaseEvaluator, loaded
 from medsam_lora.stages.export import export
 from medsam_lora.stages.manifest import build_manifest
 from medsam_lora.stages.predict import predict
@@ -76,13 +77,11 @@ def test_its_metadata_are_verified(exported: tuple[Path, Path], tmp_path: Path) 
     assert found.returncode == 0 and "metadata is verified with no error" in found.stdout + found.stderr
     broken = tmp_path / "metadata.json"
     broken.write_text(json.dumps({k: v for k, v in json.loads(meta.read_text()).items() if k != "task"}))
-    found = monai_bundle("verify_metadata", "--meta_file", broken, "--filepath", SCHEMA, cwd=tmp_path)
-    assert found.returncode != 0 and "'task' is a required property" in found.stdout + found.stderr
+    with pytest.raises(ValueError, match="'task' is a required property"):
+        verify_metadata(meta_file=str(broken), filepath=str(SCHEMA))
 
 
 def test_its_network_takes_and_gives_what_the_metadata_say(exported: tuple[Path, Path]) -> None:
-    from monai.bundle import verify_net_in_out
-
     _, bundle = exported
     verify_net_in_out(
         "network_def",
@@ -118,11 +117,22 @@ def test_inference_gives_the_masks_of_predict(exported: tuple[Path, Path], tmp_p
     assert (tmp_path / "theirs" / "prompts.csv").read_bytes() == (tmp_path / "ours" / "prompts.csv").read_bytes()
     record = read_record(tmp_path / "theirs")
     assert record.meanings == read_record(tmp_path / "ours").meanings and record.regions == ("WT", "TC", "ET")
-    # The very boxes again as a table, and a case that is not in it.
-    words = ["--boxes", tmp_path / "theirs" / "prompts.csv", *words[:4], "--output_dir", tmp_path / "again"]
-    found = monai_bundle("run", "--config_file", "configs/inference.json", *words, cwd=bundle)
-    assert found.returncode != 0 and "1 of 2 cases failed" in found.stderr
-    assert np.array_equal(np.asanyarray(nib.load(tmp_path / "again" / f"{case}.nii.gz").dataobj), ours_map)
+
+
+def test_a_box_table_and_a_case_that_is_not_in_it(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    _, bundle = exported
+    make_cohort(tmp_path / "cohort", 2, 5, (48, 56, 12))
+    manifest = tmp_path / "manifest.csv"
+    build_manifest(tmp_path / "cohort", manifest, {"train": 0.5, "val": 0.0, "test": 0.5}, 0)
+    first, second = (record.case_id for record in read_manifest(manifest))
+    (tmp_path / "boxes.csv").write_text(f"case_id,k,i0,j0,i1,j1\n{first},6,16,20,30,38\n")
+    network = loaded(BundleNetwork(bundle / "configs" / "adapter.json"), bundle / "models" / "model.pt")
+    paths = str(manifest), str(tmp_path / "out"), str(tmp_path / "cohort"), str(tmp_path / "boxes.csv")
+    with pytest.raises(DataError, match=f"1 of 2 cases failed .{second}"):
+        CaseEvaluator(network, *paths).run()
+    found = np.asanyarray(nib.load(tmp_path / "out" / f"{first}.nii.gz").dataobj)
+    assert np.flatnonzero(found.any(axis=(0, 1))).tolist() in ([], [6])
+    assert read_record(tmp_path / "out").prompt_source == "box_table"
 
 
 @pytest.mark.parametrize("name", ["sd_trans", "prompt_tokens", "sam_parser+adapter"])
