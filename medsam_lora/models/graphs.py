@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from medsam_lora.models.sam import SamModel
 from medsam_lora.models.segmenter import Segmenter
+from medsam_lora.models.vit import GridAttention
 
 
 class EncoderGraph(nn.Module):
@@ -54,7 +55,7 @@ def attention_for_graphs(encoder: nn.Module) -> Iterator[None]:
 
     The pieces of `attention.chunked` are a loop with outputs written in place; `attention.biased` is one operation.
     """
-    own = [(module, module.how) for module in encoder.modules() if isinstance(getattr(module, "how", None), str)]
+    own = [(module, module.how) for module in encoder.modules() if isinstance(module, GridAttention)]
     try:
         for module, _ in own:
             module.how = "biased"

@@ -11,7 +11,7 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -121,7 +121,7 @@ def largest_difference(folder: Path, encoder: nn.Module, decoder: nn.Module, pix
         found = sessions[0].run(None, {"pixels": pixels.numpy()})[0]
         differences = [_difference(found, expected)]
         for n in CHECKED_BOXES:
-            boxes = some_boxes(*pixels.shape[-2:], n)
+            boxes = some_boxes(pixels.shape[-2], pixels.shape[-1], n)
             # Each half after its own first half, as they are used.
             results = sessions[1].run(None, {"embedding": found, "boxes": boxes.numpy()})
             differences += [_difference(a, b) for a, b in zip(results, decoder(expected, boxes), strict=True)]
@@ -148,7 +148,7 @@ def _write(
     path: Path,
     inputs: list[str],
     outputs: list[str],
-    dynamic: Mapping[str, Any] | None = None,
+    dynamic: dict[str, Any] | None = None,
 ) -> None:
     n_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
     torch.onnx.export(
