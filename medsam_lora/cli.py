@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from medsam_lora import __version__
-from medsam_lora.commands import about, adapting, comparing, data, learning, pretraining, reporting, whole
+from medsam_lora.commands import about, adapting, comparing, data, exporting, learning, pretraining, reporting, whole
 from medsam_lora.errors import MedsamLoraError
 
 UNUSABLE_INPUT = 2
@@ -61,6 +61,7 @@ app.command("sweep")(whole.sweep)
 app.command("demo")(whole.demo)
 app.command("pretrain")(pretraining.pretrain)
 app.add_typer(adapting.adapter_app, name="adapter")
+app.command("export")(exporting.export)
 app.add_typer(about.weights_app, name="weights")
 app.command("config")(about.show_config)
 

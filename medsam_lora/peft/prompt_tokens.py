@@ -30,7 +30,7 @@ class LearnedPrompt(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Sparse embeddings (N, n, D) and dense ones as the base's, for N prompts, or 1 without any."""
         sparse, dense = super().forward(points, boxes, masks)
-        return self.learned_tokens.expand(len(sparse), -1, -1), dense
+        return self.learned_tokens.expand(sparse.shape[0], -1, -1), dense
 
 
 def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -> Adaptation:
