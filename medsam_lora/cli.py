@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from medsam_lora import __version__
-from medsam_lora.commands import about, adapting, comparing, data, learning, pretraining, reporting, whole
+from medsam_lora.commands import about, adapting, comparing, data, diagnosing, learning, pretraining, reporting, whole
 from medsam_lora.errors import MedsamLoraError
 
 UNUSABLE_INPUT = 2
@@ -58,6 +58,7 @@ app.command("check-submission")(learning.check_submission)
 app.command("report")(reporting.report)
 app.command("run")(whole.run)
 app.command("demo")(whole.demo)
+app.command("doctor")(diagnosing.doctor)
 app.command("pretrain")(pretraining.pretrain)
 app.add_typer(adapting.adapter_app, name="adapter")
 app.add_typer(about.weights_app, name="weights")
