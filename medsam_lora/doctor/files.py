@@ -33,7 +33,7 @@ VOXELS = 0.005
 
 
 def reload(subject: Subject) -> Result:
-    """Whether the adapter file gives the trained model, and changing between training and prediction changes nothing."""
+    """Whether the adapter file gives the trained model, and train() and eval() leave the weights alone."""
     segmenter = subject.segmenter
     path = subject.adapter
     before = {name: t.clone() for name, t in segmenter.sam.state_dict().items()}
@@ -44,8 +44,8 @@ def reload(subject: Subject) -> Result:
     again, _ = load_segmenter(path, subject.config.model.weights, subject.device)
     difference = _difference(subject.logits(again), expected)
     measured = (
-        f"{path.stat().st_size / 2**20:.2f} MiB written and read back: logits differ by {difference:.1e} of the largest; "
-        f"{len(changed)} tensors changed by train() and eval()"
+        f"{path.stat().st_size / 2**20:.2f} MiB written and read back: logits differ by {difference:.1e} of the "
+        f"largest; {len(changed)} tensors changed by train() and eval()"
     )
     numbers = {"difference": difference, "changed_by_modes": changed}
     if changed:

@@ -1,4 +1,4 @@
-"""Whether image, box and mask stand on the same pixels: something drawn into a case is followed to the model and back."""
+"""Whether image, box and mask stand on the same pixels: what is drawn into a case is followed to the model and back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BOX_IOU = 0.8
 """Least overlap of the box and what it is around, in the model frame. Half a pixel at each edge costs 0.05 of a box of
 40 pixels; a missing offset, a missing or double scale, or swapped axes leave 0 to 0.3."""
 NEAR_PX = 1.5
-"""Model pixels by which an edge may be off whatever the IoU: of a box of few pixels rounding takes more than its share."""
+"""Model pixels by which an edge may be off whatever the IoU: rounding takes much of a box of few pixels."""
 BLUNTED = 0.05
 """Dice that the way back may lose beyond what the decoder's grid costs."""
 BRIGHT = 1000
@@ -45,7 +45,7 @@ def box(subject: Subject) -> Result:
             overlaps.append(overlap)
             if overlap < BOX_IOU and not near:
                 wrong.append(path)
-                where = where or = f" (drawn at {_edges(expected)}, box {_edges(given)}, x0 y0 x1 y1 in the model frame)"
+                where = where or f" (drawn at {_edges(expected)}, box {_edges(given)}, x0 y0 x1 y1)"
         found[path] = min(overlaps, default=0.0)
     numbers = {f"iou_{path.split()[0]}": value for path, value in found.items()}
     measured = "least IoU of the box with what it is around, in the model frame: " + ", ".join(
@@ -55,8 +55,8 @@ def box(subject: Subject) -> Result:
     if wrong:
         return fault(
             measured + where,
-            f"The boxes of {' and '.join(dict.fromkeys(wrong))} are in another frame than the image: an offset of the crop or a scale "
-            "is missing or applied twice, or x and y are swapped.",
+            f"The boxes of {' and '.join(dict.fromkeys(wrong))} are in another frame than the image: an offset of the "
+            "crop or a scale is missing or applied twice, or x and y are swapped.",
             "Give boxes as (i0, j0, i1, j1) on voxel edges of the slice, and leave the way to the model frame to "
             "prompts.box.to_model.",
             **numbers,
@@ -184,7 +184,7 @@ def _repainted(case: PreparedSlices, drawn: np.ndarray | None = None) -> Prepare
 
 
 def _drawn_volumes(subject: Subject, case: PreparedSlices) -> tuple[CaseVolumes, np.ndarray]:
-    """A case whose volumes show a bright block through the slice and nothing else, with its label; and the slice's part."""
+    """A case whose volumes show a bright block through the slice and nothing else; and the part on that slice."""
     volumes = subject.volumes(case.case_id)
     block = np.zeros(case.crop.shape, bool)
     rows, columns = _rectangle((case.crop.shape[0], case.crop.shape[1]))

@@ -1,9 +1,10 @@
-"""Whether training trains: every declared tensor and nothing else, and four slices to the point of knowing them by heart."""
+"""Whether training trains: every declared tensor and nothing else, and four slices until they are known by heart."""
 
 from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,14 @@ from medsam_lora.peft import method_spec
 from medsam_lora.transforms.resizing import through_decoder_grid
 
 TARGET = 0.95
-"""Dice on the slices that were trained on, or what the decoder's grid leaves of their references, where that is less."""
+"""Dice on the slices that were trained on, or what the decoder's grid leaves of the references where that is less."""
 UPDATES_PER_EPOCH = 5
 RISING = 0.01
 """Gain in Dice over the last quarter of an attempt above which it was not at its end."""
 APART = 0.1
 """Dice by which training's own forward passes and validation may differ on the same slices."""
 RATE = 10.0
-"""What learning rates are raised by for a second attempt: the first shows the user's, the second what can be learned."""
+"""What the learning rates are raised by for a second attempt, which shows what can be learned at all."""
 
 
 class _Enough(Exception):
@@ -77,7 +78,8 @@ def moved(subject: Subject) -> Result:
     if silent:
         return fault(
             measured,
-            f"No gradient reaches {', '.join(silent[:3])}: the way to it is cut (no_grad, a merged branch, a threshold).",
+            f"No gradient reaches {', '.join(silent[:3])}: the way to it is cut (no_grad, a merged "
+            "branch, a threshold).",
             "Run the adapted parts with autograd, unmerged.",
             **numbers,
         )
@@ -181,10 +183,8 @@ def _attempt(
         if curve[-1]["dice"] >= target or time.monotonic() > deadline:
             raise _Enough
 
-    try:
+    with suppress(_Enough):
         trainer.fit(note)
-    except _Enough:
-        pass
     return curve
 
 
@@ -194,8 +194,8 @@ def _why(subject: Subject, curve: list[dict[str, Any]]) -> tuple[str, str]:
     best = max(row["dice"] for row in curve)
     if abs(last["dice"] - last["training_dice"]) > APART:
         return (
-            f"Training itself counts Dice {last['training_dice']:.2f} on the same slices: what is evaluated is not what "
-            "is trained (other weights, another mode, another input, or another threshold).",
+            f"Training itself counts Dice {last['training_dice']:.2f} on the same slices: what is evaluated is not "
+            "what is trained (other weights, another mode, another input, or another threshold).",
             "Look at the checks input, score and reload.",
         )
     if best - last["dice"] > APART:
@@ -208,8 +208,8 @@ def _why(subject: Subject, curve: list[dict[str, Any]]) -> tuple[str, str]:
         return "", ""
     if last["loss"] < 0.6 * first["loss"] or last["area_ratio"] < 0.1:
         return (
-            f"The loss falls but the Dice does not follow, and {last['area_ratio']:.0%} of the tumour's area is marked: "
-            "the loss is dominated by cross-entropy and the prediction slides to background.",
+            f"The loss falls but the Dice does not follow, and {last['area_ratio']:.0%} of the tumour's area is "
+            "marked: the loss is dominated by cross-entropy and the prediction slides to background.",
             "Set train.dice_weight=1, and look at the check loss.",
         )
     if subject.config.method.decoder == "frozen":
@@ -218,8 +218,8 @@ def _why(subject: Subject, curve: list[dict[str, Any]]) -> tuple[str, str]:
             "Set method.decoder=full.",
         )
     return (
-        "Four slices cannot be learned by heart: too little is trained, it does not reach what is predicted, or masks and "
-        "images do not belong together.",
+        "Four slices cannot be learned by heart: too little is trained, it does not reach what is predicted, or masks "
+        "and images do not belong together.",
         "Look at the checks box, labels and moved; raise train.lr if those are ok.",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ SURE = 8.0
 KEPT = (1.0, 0.75, 0.5, 0.25)
 """Shares of the tumour's rows that the predictions of the ladder keep."""
 DICE_SHARE = 0.3
-"""Least share of the fall of the loss, from background to perfect, that must be the Dice term's. With equal weights it is
-0.8 to 0.95; with cross-entropy alone, 0."""
+"""Least share of the fall of the loss, from background to perfect, that must be the Dice term's. With equal weights it
+is 0.8 to 0.95; with cross-entropy alone, 0."""
 
 
 def check(subject: Subject) -> Result:
@@ -73,7 +74,7 @@ def check(subject: Subject) -> Result:
             "Use binary cross-entropy on logits.",
             **numbers,
         )
-    if any(better >= worse for better, worse in zip(totals[:-1], totals[1:], strict=True)):
+    if any(better >= worse for better, worse in pairwise(totals)):
         return fault(
             measured,
             "The loss does not rise as Dice falls: it measures something else than what is scored.",

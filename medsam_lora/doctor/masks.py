@@ -38,8 +38,8 @@ def labels(subject: Subject) -> Result:
         wrong_targets += int((batch.masks[0].cpu().numpy() != expected).sum())
     compared = f"{differing} differ from the files" if subject.records else "the files are not at hand"
     measured = (
-        f"labels {sorted(values)} in {voxels} stored tumour voxels, {compared}; targets of {', '.join(sorted(dtypes))}, "
-        f"{wrong_targets} voxels off"
+        f"labels {sorted(values)} in {voxels} stored tumour voxels, {compared}; targets of {', '.join(sorted(dtypes))}"
+        f", {wrong_targets} voxels off"
     )
     numbers = {"labels": sorted(values), "voxels": voxels, "differing": differing, "target_voxels_off": wrong_targets}
     if not values <= known or differing:
@@ -90,16 +90,13 @@ def fusion(subject: Subject) -> Result:
     for mode in (False, True):
         fuse.train(mode)
         alike = logits[:, :1].expand_as(logits)
-        agreed = max(agreed, float((fuse(alike) - logits[:, 0]).abs().max()))
+        agreed = max(agreed, float((fuse(alike) - logits[:, 0]).detach().abs().max()))
         fused = fuse(logits)
         over = torch.maximum(fused - logits.amax(dim=1), logits.amin(dim=1) - fused)
-        beyond = max(beyond, float(over.max()))
+        beyond = max(beyond, float(over.detach().max()))
         levels = min(levels, len(fused.unique()))
         if mode:
-            (gradient,) = (
-                torch.autograd.grad(fused.sum(), logits, allow_unused=True) if fused.requires_grad else (None,)
-            )
-            strength = torch.zeros(n_modalities) if gradient is None else gradient.abs().sum(dim=(0, 2, 3, 4)).cpu()
+            strength = _reaching(fused, logits)
             silent = [m for m, s in zip(subject.segmenter.modalities, strength, strict=True) if not float(s) > 0]
     fuse.train(was_training)
     masks = subject.predicted(subject.segmenter)
@@ -134,6 +131,15 @@ def fusion(subject: Subject) -> Result:
             **numbers,
         )
     return ok(measured, **numbers)
+
+
+def _reaching(fused: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """How much gradient of the fused logits reaches each modality, shape (M,)."""
+    nothing = torch.zeros(logits.shape[1])
+    if not fused.requires_grad:
+        return nothing
+    gradient = torch.autograd.grad(fused.sum(), logits, allow_unused=True)[0]
+    return nothing if gradient is None else gradient.abs().sum(dim=(0, 2, 3, 4)).cpu()
 
 
 def score(subject: Subject) -> Result:
@@ -179,8 +185,8 @@ def score(subject: Subject) -> Result:
     if max(abs(validated - plain), abs(reported - plain)) > SAME or not 0 <= plain <= 1:
         return fault(
             measured,
-            "The Dice is not that of the volume: it is averaged over slices or counts empty slices as 1, so that numbers "
-            "of different protocols are compared.",
+            "The Dice is not that of the volume: it is averaged over slices or counts empty slices as 1, so that "
+            "numbers of different protocols are compared.",
             "Count voxels over the whole case, once.",
             **numbers,
         )

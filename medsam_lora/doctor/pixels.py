@@ -12,8 +12,8 @@ from medsam_lora.doctor.subject import Subject
 from medsam_lora.doctor.watch import grey, watching
 
 FLAT = 10.0
-"""Deviation of grey values, of 255, below which a picture is all but one colour. A window of z-scores gives 50 to 80; the
-same normalised twice gives 1, z-scores taken for grey values 1, values of 0 to 1 give 0.3."""
+"""Deviation of grey values, of 255, below which a picture is all but one colour. A window of z-scores gives 50 to 80;
+the same normalised twice gives 1, z-scores taken for grey values 1, values of 0 to 1 give 0.3."""
 OUTSIDE = 1.0
 """Grey values by which pixels may leave 0 to 255: rounding, not another range."""
 SATURATED = 0.35
@@ -55,8 +55,8 @@ def check(subject: Subject) -> Result:
     if low < -OUTSIDE or high > 255 + OUTSIDE:
         return fault(
             measured,
-            "The input range is not the 0 to 255 that SAM was trained on: z-scores are given as they are, or pixels were "
-            "never normalised with SAM's mean and deviation.",
+            "The input range is not the 0 to 255 that SAM was trained on: z-scores are given as they are, or pixels "
+            "were never normalised with SAM's mean and deviation.",
             "Set model.input_range=window (zscore is an ablation).",
             **numbers,
         )

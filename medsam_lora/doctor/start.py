@@ -53,7 +53,7 @@ def base(subject: Subject) -> Result:
         return fault(
             measured,
             meaning,
-            "Look at doctor.png (--out DIR) and at the checks input and box first; nothing trained on this can be good.",
+            "Look at doctor.png (--out DIR) and at the checks input and box first; nothing trained on this is good.",
             **numbers,
         )
     if dice < floor:
