@@ -13,7 +13,7 @@ from torch import Tensor
 from medsam_lora.doctor.frames import slice_of
 from medsam_lora.doctor.result import Result, fault, ok, skipped
 from medsam_lora.doctor.start import filled_boxes
-from medsam_lora.doctor.subject import Subject
+from medsam_lora.doctor.subject import Subject, tumour_of
 from medsam_lora.inference.volume import to_native
 from medsam_lora.io.manifest import write_manifest
 from medsam_lora.models.assemble import build_segmenter, load_segmenter
@@ -169,7 +169,7 @@ def run(subject: Subject) -> Result:
             **numbers,
         )
     dices = [_dice(subject, segmenter, n) for n in range(len(subject.slices))]
-    floors = [_overlap(filled_boxes(subject, c), np.asarray(c.label[0]) > 0) for c in subject.slices]  # type: ignore[index]
+    floors = [_overlap(filled_boxes(subject, c), tumour_of(c)) for c in subject.slices]
     measured += f"; Dice {np.mean(dices):.3f} on the slices, filled boxes {np.mean(floors):.3f}"
     numbers |= {"dice": dices, "floor": floors}
     if not subject.records:
@@ -203,7 +203,7 @@ def _compared(subject: Subject, adapter: Path) -> tuple[float | None, int]:
         for case in subject.slices:
             if case.case_id == case_id:
                 where |= slice_of(case)
-        old = np.asarray(nib.load(earlier / f"{case_id}.nii.gz").dataobj) > 0
+        old = _marked(earlier / f"{case_id}.nii.gz")
         if old.shape != volume.shape:
             return 1.0, len(known)
         differing += int(((volume != old) & where).sum())
@@ -227,6 +227,7 @@ def _written(subject: Subject, adapter: Path, out: Path) -> dict[str, np.ndarray
         for case in subject.slices:
             if case.case_id == case_id:
                 marked |= slice_of(case)
+        assert volumes.label_map is not None
         only = np.where(marked, volumes.label_map, 0).astype(np.uint8)
         boxes[case_id] = reference_boxes(only, volumes.geometry, "WT", kind, fewest)
     manifest, table = subject.work / "examined.csv", subject.work / "boxes.csv"
@@ -236,12 +237,16 @@ def _written(subject: Subject, adapter: Path, out: Path) -> dict[str, np.ndarray
     changes = {"amp": "none"}
     config = subject.config.model_copy(update={"predict": subject.config.predict.model_copy(update=changes)})
     outcome = predict.predict(manifest, subject.root, adapter, out, config, boxes=table, device=str(subject.device))
-    return {case_id: np.asarray(nib.load(out / f"{case_id}.nii.gz").dataobj) > 0 for case_id in outcome.done}
+    return {case_id: _marked(out / f"{case_id}.nii.gz") for case_id in outcome.done}
+
+
+def _marked(path: Path) -> np.ndarray:
+    return np.asarray(nib.nifti1.Nifti1Image.from_filename(path).dataobj) > 0
 
 
 def _dice(subject: Subject, segmenter: Segmenter, number: int) -> float:
     case = subject.slices[number]
-    return _overlap(subject.predicted_of(segmenter, case)[0], np.asarray(case.label[0]) > 0)  # type: ignore[index]
+    return _overlap(subject.predicted_of(segmenter, case)[0], tumour_of(case))
 
 
 def _overlap(mask: np.ndarray, reference: np.ndarray) -> float:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from medsam_lora.doctor.result import Result, fault, ok
-from medsam_lora.doctor.subject import Subject
+from medsam_lora.doctor.subject import Subject, tumour_of
 from medsam_lora.doctor.watch import Seen, box_iou, bright_box, repeating, watching
 from medsam_lora.geometry import place
-from medsam_lora.labels import SNFH, region_mask
+from medsam_lora.labels import SNFH
 from medsam_lora.prompts.sources import reference_boxes
 from medsam_lora.records import CaseVolumes, PreparedSlices
 from medsam_lora.stages.predict import Task, native_masks
@@ -173,8 +173,7 @@ def _drawn(case: PreparedSlices) -> tuple[PreparedSlices, np.ndarray]:
 
 def _repainted(case: PreparedSlices, drawn: np.ndarray | None = None) -> PreparedSlices:
     """A slice whose image shows a mask, by default the tumour's, in place of anatomy."""
-    assert case.label is not None
-    mask = region_mask(np.asarray(case.label[0]), "WT") if drawn is None else drawn
+    mask = tumour_of(case) if drawn is None else drawn
     image = np.broadcast_to(np.where(mask, BRIGHT, 1), case.image.shape).astype(np.int16)
     label = (mask[None] * SNFH).astype(np.uint8)
     # z-scores of 3.2 and -1, so that the window shows them as white and black.

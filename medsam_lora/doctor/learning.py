@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medsam_lora.doctor.result import Result, fault, ok, skipped
-from medsam_lora.doctor.subject import Subject
+from medsam_lora.doctor.subject import Subject, tumour_of
 from medsam_lora.inference.predictor import validate_case
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft import method_spec
@@ -110,6 +110,7 @@ def overfit(subject: Subject) -> Result:
     for factor in (1.0, RATE):
         if factor > 1:
             segmenter = subject.segmenter = subject.fresh()
+            subject.updates = 0
         curve = _attempt(subject, segmenter, factor, target, deadline)
         if curve[-1]["dice"] >= target or time.monotonic() > deadline:
             break
@@ -133,7 +134,7 @@ def ceiling(subject: Subject) -> float:
     """Mean Dice of the references with what the decoder's grid leaves of them."""
     found = []
     for case in subject.slices:
-        reference = torch.from_numpy(np.asarray(case.label) > 0)[:, None]
+        reference = torch.from_numpy(tumour_of(case))[None, None]
         left = through_decoder_grid(reference, subject.segmenter.sam.image_size)
         found.append(float(2 * (left & reference).sum() / (left.sum() + reference.sum())))
     return float(np.mean(found))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from medsam_lora.doctor.result import Result, fault, ok
-from medsam_lora.doctor.subject import Subject
-from medsam_lora.labels import region_mask
+from medsam_lora.doctor.subject import Subject, tumour_of
 from medsam_lora.models.segmenter import N_TOKENS
 from medsam_lora.training import loop
+from medsam_lora.training.losses import LossTerms, LossWeights
 
 SURE = 8.0
 """Logit of a prediction without doubt."""
@@ -28,12 +27,11 @@ def check(subject: Subject) -> Result:
     """The training's own loss on a ladder of predictions; it must fall as Dice rises, and by Dice above all."""
     trainer = subject.trainer(subject.segmenter, epochs=1)
     main = subject.segmenter.main_tokens
-    case = min(subject.slices, key=lambda s: int(np.count_nonzero(s.label)))  # where background is most tempting
-    assert case.label is not None
-    tumour = torch.from_numpy(region_mask(np.asarray(case.label[0]), "WT"))
+    case = min(subject.slices, key=lambda s: int(tumour_of(s).sum()))  # where background is most tempting
+    tumour = torch.from_numpy(tumour_of(case))
     target = tumour[None, None].expand(1, N_TOKENS, -1, -1)
 
-    def terms(logits: Tensor) -> loop.LossTerms:
+    def terms(logits: Tensor) -> LossTerms:
         given = logits[None, None].expand(1, N_TOKENS, -1, -1)
         return loop.segmentation_loss(given, torch.ones(1, N_TOKENS), target, main, trainer.weights)
 
@@ -106,5 +104,5 @@ def _dice(mask: Tensor, reference: Tensor) -> float:
     return float(2 * (mask & reference).sum() / (mask.sum() + reference.sum()))
 
 
-def _cross_entropy(terms: loop.LossTerms, weights: loop.LossWeights) -> float:
+def _cross_entropy(terms: LossTerms, weights: LossWeights) -> float:
     return (1 - weights.focal_share) * float(terms.bce) + weights.focal_share * float(terms.focal)

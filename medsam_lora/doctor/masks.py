@@ -26,7 +26,7 @@ def labels(subject: Subject) -> Result:
     """Whether the stored references hold the file's own labels, voxel for voxel, and training gets masks of them."""
     known = set(LABELS.values()) | {0}
     values = {int(v) for case in subject.whole.values() for v in np.unique(np.asarray(case.label))}
-    voxels = sum(int(np.count_nonzero(case.label)) for case in subject.whole.values())
+    voxels = sum(int((np.asarray(case.label) > 0).sum()) for case in subject.whole.values())
     differing = 0
     for case_id in subject.records:
         differing += _differing(subject, subject.whole[case_id])
@@ -67,7 +67,8 @@ def _differing(subject: Subject, case: PreparedSlices) -> int:
     stored[:, :, list(case.ks)] = np.asarray(case.label).transpose(1, 2, 0)
     native = place(stored, case.crop, case.native, fill=OUTSIDE)
     record = subject.records[case.case_id]
-    raw = np.rint(np.asarray(nib.load(case_path(record, "seg", subject.root)).dataobj)).astype(np.int64)
+    image = nib.nifti1.Nifti1Image.from_filename(case_path(record, "seg", subject.root))
+    raw = np.rint(np.asarray(image.dataobj)).astype(np.int64)
     convention = str(read_index(subject.store / case.case_id).get("label_convention", record.label_convention))
     canonical = np.zeros(raw.shape, np.uint8)
     for value, meaning in CONVENTIONS[convention].items():

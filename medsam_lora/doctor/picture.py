@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from medsam_lora.analysis.overlays import Colour, Panel, mosaic
-from medsam_lora.doctor.subject import Subject
+from medsam_lora.doctor.subject import Subject, tumour_of
 from medsam_lora.doctor.watch import grey, watching
 from medsam_lora.io.files import write_bytes_atomically
 from medsam_lora.metrics.overlap import count
@@ -39,7 +39,7 @@ def write_picture(path: Path, subject: Subject, before: Sequence[np.ndarray]) ->
     for n, case in enumerate(subject.slices):
         shape = (case.crop.shape[0], case.crop.shape[1])
         channel = case.modalities.index(next(m for m in _PREFERRED if m in case.modalities))
-        reference = np.asarray(case.label[0]) > 0  # type: ignore[index]
+        reference = tumour_of(case)
         shown = grey(seen.pixels[n], shape, segmenter.sam.image_size)
         framed = masks_to_model_frame(torch.from_numpy(reference)[None, None], segmenter.sam.image_size)[0, 0].numpy()
         picture = shown[min(channel, len(shown) - 1)].numpy()

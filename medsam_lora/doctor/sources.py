@@ -126,7 +126,7 @@ def largest_slices(cases: Sequence[PreparedSlices], count: int) -> list[Prepared
     ranked: list[tuple[int, int, PreparedSlices, int]] = []
     for case in cases:
         assert case.label is not None
-        areas = [np.count_nonzero(label) for label in case.label]
+        areas = [int(np.count_nonzero(label)) for label in case.label]
         order = sorted(range(len(areas)), key=lambda n, areas=areas: -areas[n])  # type: ignore[misc]
         ranked += [(turn, -areas[n], case, n) for turn, n in enumerate(order[:count]) if areas[n]]
     ranked.sort(key=lambda entry: entry[:2])

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from medsam_lora.doctor.result import Result, fault, ok, skipped
-from medsam_lora.doctor.subject import Subject
+from medsam_lora.doctor.subject import Subject, tumour_of
 from medsam_lora.metrics.overlap import count
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft import method_spec
@@ -28,7 +28,7 @@ def base(subject: Subject) -> Result:
     masks = subject.predicted_by_base()
     dices, floors, inside = [], [], []
     for mask, case in zip(masks, subject.slices, strict=True):
-        reference = np.asarray(case.label[0]) > 0  # type: ignore[index]
+        reference = tumour_of(case)
         filled = filled_boxes(subject, case)
         dices.append(_dice(mask[0].astype(bool), reference))
         floors.append(_dice(filled, reference))

@@ -15,6 +15,7 @@ from torch import Tensor
 from medsam_lora.config import Config, MethodConfig
 from medsam_lora.inference.predictor import PredictOptions, predict_slices, reference_boxes
 from medsam_lora.io.case import read_case
+from medsam_lora.labels import region_mask
 from medsam_lora.models.assemble import build_segmenter
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.records import CaseRecord, CaseVolumes, PreparedSlices
@@ -33,6 +34,12 @@ CONSTANT: Mapping[str, Any] = {
     "tensorboard": False,
 }
 """Settings of ``train`` that the few updates of a check are made with, whatever the user's are."""
+
+
+def tumour_of(case: PreparedSlices) -> np.ndarray:
+    """Where the first slice of a case shows tumour: bool, shape (X, Y)."""
+    assert case.label is not None
+    return region_mask(np.asarray(case.label[0]), "WT")
 
 
 @dataclass

@@ -85,7 +85,7 @@ def repeating(segmenter: Segmenter, seen: Seen) -> Iterator[None]:
         logits = functional.avg_pool2d(bright, PIXELS_PER_GRID_CELL).repeat_interleave(each, dim=0)
         return logits.expand(-1, N_TOKENS, -1, -1), logits.new_ones(len(logits), N_TOKENS)
 
-    segmenter.sam.decode = repeat  # type: ignore[method-assign]
+    segmenter.sam.decode = repeat  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
