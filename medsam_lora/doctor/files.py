@@ -37,9 +37,11 @@ def reload(subject: Subject) -> Result:
     segmenter = subject.segmenter
     path = subject.adapter
     before = {name: t.clone() for name, t in segmenter.sam.state_dict().items()}
-    for mode in (True, False, True, False):
+    changed: list[str] = []
+    for mode in (True, False):
         segmenter.train(mode)
-    changed = [n for n, t in segmenter.sam.state_dict().items() if not torch.equal(t, before[n])]
+        changed += [n for n, t in segmenter.sam.state_dict().items() if not torch.equal(t, before[n])]
+    changed = list(dict.fromkeys(changed))
     expected = subject.logits(segmenter)
     again, _ = load_segmenter(path, subject.config.model.weights, subject.device)
     difference = _difference(subject.logits(again), expected)

@@ -53,7 +53,7 @@ def write_picture(path: Path, subject: Subject, before: Sequence[np.ndarray]) ->
                     # 0 is background to the drawing, and black to the encoder.
                     picture - min(low, 0.0),
                     {REFERENCE_COLOUR: framed, BOX_COLOUR: box},
-                    f"{case.case_id}  k {case.ks[0]}  encoder: {low:.0f} to {high:.0f}",
+                    f"{case.case_id}:{case.ks[0]}  {low:.0f} to {high:.0f}",
                 ),
                 _with_mask(image, reference, before[n][0], PREDICTION_COLOUR, "base"),
                 _with_mask(image, reference, after[n][0], AFTER_COLOUR, f"after {subject.updates} updates"),
@@ -66,7 +66,7 @@ def write_picture(path: Path, subject: Subject, before: Sequence[np.ndarray]) ->
         "trained on these slices": AFTER_COLOUR,
     }
     buffer = io.BytesIO()
-    mosaic(rows, legend, "doctor: what the model sees and says").save(buffer, "PNG", optimize=True)
+    mosaic(rows, legend, "doctor: what the model sees (grey values) and says", 300).save(buffer, "PNG", optimize=True)
     write_bytes_atomically(path, buffer.getvalue())
 
 
