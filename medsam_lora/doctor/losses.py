@@ -72,19 +72,19 @@ def check(subject: Subject) -> Result:
             "Use binary cross-entropy on logits.",
             **numbers,
         )
-    if any(better >= worse for better, worse in pairwise(totals)):
-        return fault(
-            measured,
-            "The loss does not rise as Dice falls: it measures something else than what is scored.",
-            "Use the Dice and cross-entropy of training.losses, on logits.",
-            **numbers,
-        )
-    if by_dice < DICE_SHARE:
+    if fall > 0 and by_dice < DICE_SHARE:
         return fault(
             measured,
             "The loss is dominated by cross-entropy: predicting background alone already has a low loss, so the loss "
             "falls while the Dice collapses.",
             "Raise train.dice_weight to that of train.bce_weight, and choose epochs by validation Dice.",
+            **numbers,
+        )
+    if any(better >= worse for better, worse in pairwise(totals)):
+        return fault(
+            measured,
+            "The loss does not rise as Dice falls: it measures something else than what is scored.",
+            "Use the Dice and cross-entropy of training.losses, on logits.",
             **numbers,
         )
     return ok(measured, **numbers)

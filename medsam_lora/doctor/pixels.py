@@ -52,14 +52,6 @@ def check(subject: Subject) -> Result:
     )
     if not all(np.isfinite(v) for v in (low, high, spread)):
         return fault(measured, "The pixels are not finite.", "Look for NaN in the images with verify.", **numbers)
-    if low < -OUTSIDE or high > 255 + OUTSIDE:
-        return fault(
-            measured,
-            "The input range is not the 0 to 255 that SAM was trained on: z-scores are given as they are, or pixels "
-            "were never normalised with SAM's mean and deviation.",
-            "Set model.input_range=window (zscore is an ablation).",
-            **numbers,
-        )
     if spread < FLAT:
         return fault(
             measured,
@@ -67,6 +59,14 @@ def check(subject: Subject) -> Result:
             "normalised pixels taken for grey values), or scaled to 0..1.",
             "Normalise once: raw voxels to z-scores to 0..255, then SAM's mean and deviation; set "
             "model.input_range=window.",
+            **numbers,
+        )
+    if low < -OUTSIDE or high > 255 + OUTSIDE:
+        return fault(
+            measured,
+            "The input range is not the 0 to 255 that SAM was trained on: z-scores are given as they are, or pixels "
+            "were never normalised with SAM's mean and deviation.",
+            "Set model.input_range=window (zscore is an ablation).",
             **numbers,
         )
     if white > SATURATED:

@@ -19,8 +19,9 @@ picture of one colour costs 0.3 and more."""
 IDENTICAL = 1e-4
 """Largest difference of logits, relative to the largest logit, of the adapted model at step 0."""
 REFERENCE_RANK = 4
-FASTER = 5.0
-"""How many times as far as at rank 4 an update may move the weights. Without a scale it is 13 times at rank 64."""
+FASTER = 3.0
+"""How many times as far as at rank 4 two updates may move the weights. With alpha / rank it is below 1 at any rank,
+without a scale 5 times at rank 64 (13 times later on)."""
 
 
 def base(subject: Subject) -> Result:
