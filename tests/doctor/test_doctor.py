@@ -28,7 +28,7 @@ from medsam_lora.stages.train import train
 KEYS = ["check", "status", "measured", "meaning", "remedy", "numbers"]
 HEALTHY = """
 name: healthy
-phantom: {cases: 2, seed: 11, shape: [64, 76, 28]}
+phantom: {cases: 3, seed: 11, shape: [64, 76, 28]}
 methods: [{name: zero_shot}, {name: lora, rank: 4}]
 data: {modalities: [t1c, t2f]}
 model: {name: vit_nano, image_size: 128}
@@ -228,7 +228,7 @@ def test_what_stops_a_check_is_a_finding_and_the_others_go_on(cohort: Cohort, mo
 
 
 def test_a_bound_that_is_too_low_is_no_fault(cohort: Cohort) -> None:
-    given = Given(cohort.settings, (), cohort.manifest, cohort.root)
+    given = Given(cohort.settings, ("model.image_size=128",), cohort.manifest, cohort.root)
     (row,) = diagnose(given, only=["overfit"], device="cpu", minutes=0.0)
     assert row["status"] == "skipped" and "--steps, --minutes" in row["meaning"] and row["numbers"]["curve"]
 
