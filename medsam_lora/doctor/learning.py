@@ -115,7 +115,7 @@ def overfit(subject: Subject) -> Result:
             subject.updates = 0
         curve = _attempt(subject, segmenter, factor, target, deadline)
         late = time.monotonic() > deadline
-        if curve[-1]["dice"] >= target or late or _apart(curve[-1]):
+        if curve[-1]["dice"] >= target or late or _apart(curve):
             break
     first, last = curve[0], curve[-1]
     measured = (
@@ -197,7 +197,7 @@ def _why(subject: Subject, curve: list[dict[str, Any]], late: bool) -> tuple[str
     """What kept the slices from being learned, and what to do; empty where only the end was not reached."""
     first, last = curve[0], curve[-1]
     best = max(row["dice"] for row in curve)
-    if _apart(last):
+    if _apart(curve):
         return (
             f"Training itself counts Dice {last['training_dice']:.2f} on the same slices: what is evaluated is not "
             "what is trained (other weights, another mode, another input, or another threshold).",
@@ -229,9 +229,14 @@ def _why(subject: Subject, curve: list[dict[str, Any]], late: bool) -> tuple[str
     )
 
 
-def _apart(row: dict[str, Any]) -> bool:
-    # Within an epoch the model gets better, so that training lags behind; it cannot be ahead by much.
-    return abs(row["dice"] - row["training_dice"]) > APART
+def _apart(curve: list[dict[str, Any]]) -> bool:
+    """Whether validation says otherwise than training, of one and the same model."""
+    outside = []
+    for row, following in zip(curve[-3:-1], curve[-2:], strict=False):
+        # Validated between two epochs, whose means it must lie between, as the model gets better within each.
+        counted = (row["training_dice"], following["training_dice"])
+        outside.append(not min(counted) - APART <= row["dice"] <= max(counted) + APART)
+    return len(outside) == 2 and all(outside)
 
 
 def _declared(segmenter: Segmenter) -> set[str]:
