@@ -28,7 +28,7 @@ RISING = 0.01
 SHORT = 4
 """Points of a curve below which it shows no trend."""
 APART = 0.05
-"""Dice by which training's own forward pass and validation may differ with the same weights, by dropout and fusion alone."""
+"""Dice by which training's own forward pass and validation may differ with the same weights, by dropout or fusion."""
 FELL = 0.1
 """Dice below the best of an attempt that is a divergence."""
 RATE = 10.0
