@@ -202,7 +202,6 @@ def test_a_run_trained_with_other_settings_is_a_fault(cohort: Cohort) -> None:
         ("zero_shot", {"step", "moved"}),
         ("prompt_tokens", {"identity", "step", "merge"}),
         ("sd_trans", {"step", "merge"}),
-        ("sam_parser+lora", {"step"}),
     ],
 )
 def test_other_methods_are_examined_as_well(cohort: Cohort, method: str, skipped: set[str]) -> None:

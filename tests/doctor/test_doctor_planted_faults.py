@@ -1,7 +1,8 @@
 """Each known fault is planted into the program's own code or settings, and the doctor names it.
 
 H1 to H10 are the ways in which a LoRA-tuned SAM was found to lose its Dice while its loss fell; docs/doctor.md lists
-them. Without one the same cohort and settings are found healthy (test_doctor.py). Where the program makes one impossible, it is planted at the nearest place where it could come in.
+them. Without one the same cohort and settings are found healthy (test_doctor.py). Where the program makes one
+impossible, it is planted at the nearest place where it could come in.
 """
 
 from __future__ import annotations
