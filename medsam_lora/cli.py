@@ -17,7 +17,18 @@ import typer
 from typer.core import TyperGroup
 
 from medsam_lora import __version__
-from medsam_lora.commands import about, adapting, comparing, data, exporting, learning, pretraining, reporting, whole
+from medsam_lora.commands import (
+    about,
+    adapting,
+    comparing,
+    data,
+    diagnosing,
+    exporting,
+    learning,
+    pretraining,
+    reporting,
+    whole,
+)
 from medsam_lora.errors import MedsamLoraError
 
 UNUSABLE_INPUT = 2
@@ -59,6 +70,7 @@ app.command("report")(reporting.report)
 app.command("run")(whole.run)
 app.command("sweep")(whole.sweep)
 app.command("demo")(whole.demo)
+app.command("doctor")(diagnosing.doctor)
 app.command("pretrain")(pretraining.pretrain)
 app.add_typer(adapting.adapter_app, name="adapter")
 app.command("export")(exporting.export)
