@@ -121,7 +121,8 @@ def _train_together(rank: int, folder: Path, section: PretrainSection, device: s
 def _train(folder: Path, section: PretrainSection, device: str, resume: bool) -> None:
     keep_freed_memory()
     leader = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    sam = build("vit_nano", "random", section.image_size, section.seed).to(choose_device(device))
+    # Upstream's blocks stretch their tables of positions over smaller pictures, as `fit_positions` does for good.
+    sam = build("vit_nano", "random", section.image_size, section.seed, attention="reference").to(choose_device(device))
     courses = [Course(**course.model_dump()) for course in section.courses]
     recipe = Recipe(courses, section.lr, section.weight_decay, section.seed)
     optimiser = new_optimiser(sam, recipe)
