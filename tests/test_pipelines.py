@@ -69,8 +69,10 @@ def test_every_sweep_file_is_valid(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_sweeps_are_of_what_they_say() -> None:
-    assert [path.stem for path in SWEEPS] == ["rank_sweep", "slicing_sweep"]
-    ranks, slicings = (grid_points(load_sweep(path)) for path in SWEEPS)
+    assert [path.stem for path in SWEEPS] == ["rank_phantom", "rank_sweep", "slicing_sweep"]
+    synthetic, ranks, slicings = (grid_points(load_sweep(path)) for path in SWEEPS)
+    assert len(synthetic) == 3 * 2 * 2 + 1
+    assert {p.method.config.train.clip_norm for p in synthetic} == {None}
     lora = [p.method.config.method for p in ranks if p.method.config.method.name == "lora"]
     assert {(m.rank, m.scaling, m.alpha) for m in lora} == {
         (rank, scaling, 8.0) for rank in (4, 8, 16, 32, 64) for scaling in ("alpha/r", "alpha/sqrt(r)", "none")
