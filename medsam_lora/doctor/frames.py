@@ -37,7 +37,7 @@ def box(subject: Subject) -> Result:
     where = ""
     for path, seen in _followed(subject).items():
         overlaps = []
-        for pixels, boxes in zip(seen.pixels, seen.boxes_model, strict=False):
+        for pixels, boxes in zip(seen.pixels, seen.boxes_model, strict=True):
             # One slice: its boxes for every modality, whose union is around all of what was drawn.
             expected, given = bright_box(pixels[0]), torch.cat([boxes[:, :2].amin(0), boxes[:, 2:].amax(0)])
             overlap = box_iou(expected, given)

@@ -25,7 +25,7 @@ from medsam_lora.inference.volume import to_native
 from medsam_lora.models import assemble, segmenter
 from medsam_lora.models.input_spec import PIXEL_MEAN, PIXEL_STD, InputSpec
 from medsam_lora.models.segmenter import Segmenter
-from medsam_lora.peft import lora, low_rank
+from medsam_lora.peft import decoder, low_rank
 from medsam_lora.peft.contract import Adaptation
 from medsam_lora.prompts.box import to_model
 from medsam_lora.prompts.sources import on_grid
@@ -313,7 +313,7 @@ def test_h6_a_branch_that_does_not_start_at_zero(cohort: Cohort, monkeypatch: Pa
 
 # ------------------------------------------------------------------ H7, H8: what is trained
 def test_h7_the_decoder_is_left_out(cohort: Cohort, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(lora, "decoder_part", lambda *_: ([], 0))
+    monkeypatch.setattr(decoder, "decoder_part", lambda *_: ([], 0))
     named(examined(cohort, "moved")["moved"], "none of its tensors is declared", "LoRA alone")
 
 
