@@ -10,17 +10,9 @@ from torch.nn import functional as F
 from medsam_lora.models.sam import build
 from medsam_lora.training import pretrain as module
 from medsam_lora.training.held_out import shape_iou
-from medsam_lora.training.pretrain import (
-    Course,
-    Recipe,
-    at_size,
-    encode,
-    new_optimiser,
-    points_in,
-    pretrain,
-    scene_batch,
-    shaken_box,
-)
+from medsam_lora.training.pretrain import at_size, encode, new_optimiser, pretrain
+from medsam_lora.training.recipe import Course, Recipe
+from medsam_lora.training.scene_batch import points_in, scene_batch, shaken_box
 
 RECIPE = Recipe([Course(6, [32, 64], [3, 2])], 1e-3, 0.0, 3)
 
