@@ -20,7 +20,7 @@ from medsam_lora.datasets.scenes import make_scene
 from medsam_lora.datasets.shapes import box_of, make_sample
 from medsam_lora.models.sam import SamModel, build
 from medsam_lora.training.held_out import HELD_OUT_SEED, scene_iou, shape_iou
-from medsam_lora.training.pretrain import normalised, points_in
+from medsam_lora.training.scene_batch import normalised, points_in
 
 SIDES = (0.0, 0.2, 0.3, 0.45, 1.0)
 FILLS = (0.0, 0.4, 0.55, 0.7, 1.0)

@@ -17,7 +17,18 @@ import typer
 from typer.core import TyperGroup
 
 from medsam_lora import __version__
-from medsam_lora.commands import about, adapting, comparing, data, learning, pretraining, reporting, whole
+from medsam_lora.commands import (
+    about,
+    adapting,
+    comparing,
+    data,
+    diagnosing,
+    exporting,
+    learning,
+    pretraining,
+    reporting,
+    whole,
+)
 from medsam_lora.errors import MedsamLoraError
 
 UNUSABLE_INPUT = 2
@@ -57,9 +68,12 @@ app.command("compare")(comparing.compare)
 app.command("check-submission")(learning.check_submission)
 app.command("report")(reporting.report)
 app.command("run")(whole.run)
+app.command("sweep")(whole.sweep)
 app.command("demo")(whole.demo)
+app.command("doctor")(diagnosing.doctor)
 app.command("pretrain")(pretraining.pretrain)
 app.add_typer(adapting.adapter_app, name="adapter")
+app.command("export")(exporting.export)
 app.add_typer(about.weights_app, name="weights")
 app.command("config")(about.show_config)
 

@@ -24,6 +24,7 @@ __all__ = [
     "load_config",
     "load_yaml",
     "nearest",
+    "number_aware",
 ]
 
 Modality = Literal["t1n", "t1c", "t2f", "t2w"]
@@ -190,7 +191,9 @@ class TrainConfig(Section):
 
     epochs: int = Field(10, ge=1, description="Epochs.")
     slices_per_epoch: int | None = Field(
-        None, ge=1, description="Slices drawn per epoch; null is all of the training slices."
+        None,
+        ge=1,
+        description="Slices drawn per epoch, some again where there are fewer; null is each training slice once.",
     )
     batch_size: int = Field(2, ge=1, description="Slices per step, each with all its modalities.")
     accumulation: int = Field(1, ge=1, description="Steps whose gradients are added up before an update.")
@@ -333,7 +336,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         if not (equals and dot and section and name):
             raise ConfigError(f"--set {text!r} is not of the form section.key=value", remedy="Write train.epochs=5.")
         try:
-            parsed = _number_aware(yaml.safe_load(value))
+            parsed = number_aware(yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {text!r} has a value that is not YAML", remedy="Quote the value.") from error
         target = merged.setdefault(section, {})
@@ -361,7 +364,7 @@ def build_config(data: Mapping[str, Any], path: Path | None = None) -> Config:
     medsam_lora.errors.ConfigError: unknown key train.epoch; did you mean train.epochs?...
     """
     try:
-        return Config.model_validate({k: {} if v is None else _number_aware(v) for k, v in data.items()})
+        return Config.model_validate({k: {} if v is None else number_aware(v) for k, v in data.items()})
     except ValidationError as error:
         problems = [_explain(dict(e)) for e in error.errors()]
         raise ConfigError(
@@ -380,10 +383,19 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _number_aware(value: Any) -> Any:
+def number_aware(value: Any) -> Any:
+    """A value of YAML with numbers such as 1e-4 as numbers, at any depth.
+
+    Examples
+    --------
+    >>> number_aware({"lr": ["1e-4", "vit_b"]})
+    {'lr': [0.0001, 'vit_b']}
+    """
     # YAML 1.1 reads 1e-4 (no dot) as a string; every researcher writes it as a number.
     if isinstance(value, dict):
-        return {k: _number_aware(v) for k, v in value.items()}
+        return {k: number_aware(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [number_aware(v) for v in value]
     if isinstance(value, str) and value[:1] in "0123456789.+-" and "e" in value.lower():
         try:
             return float(value)

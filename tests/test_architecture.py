@@ -29,6 +29,7 @@ LAYERS = (
     ("active", "analysis"),
     ("report",),
     ("stages",),
+    ("doctor",),
     ("commands",),
     ("cli",),
     ("__main__",),

@@ -17,13 +17,14 @@ from medsam_lora.io.tables import CHALLENGE_COLUMNS, PER_CASE_COLUMNS, SUMMARY_C
 from medsam_lora.peft import METHODS
 from medsam_lora.stages.pipeline import load_pipeline, parse_pipeline
 from medsam_lora.stages.run import run, run_file
+from medsam_lora.stages.sweep import sweep_file
+from medsam_lora.stages.sweep_file import grid_points, load_sweep
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # The recipe of vit_nano is for `pretrain`, not for `run`; tests/stages/test_pretrain.py reads it.
-PIPELINES = [
-    *sorted(path for path in (CHECKOUT / "pipelines").glob("*.yaml") if not path.name.startswith("pretrain_")),
-    CHECKOUT / "medsam_lora" / "stages" / "demo.yaml",
-]
+FILES = sorted(path for path in (CHECKOUT / "pipelines").glob("*.yaml") if not path.name.startswith("pretrain_"))
+SWEEPS = [path for path in FILES if {"grid", "study"} & set(yaml.safe_load(path.read_text()))]
+PIPELINES = [*(path for path in FILES if path not in SWEEPS), CHECKOUT / "medsam_lora" / "stages" / "demo.yaml"]
 
 TINY = {
     "name": "tiny",
@@ -44,7 +45,44 @@ def read(path: Path) -> list[dict[str, str]]:
 def test_every_pipeline_file_is_valid(path: Path) -> None:
     pipeline = load_pipeline(path)
     assert pipeline.settings.description
-    assert all(method.config.method.name in METHODS for method in pipeline.methods)
+    assert all(set(method.config.method.name.split("+")) <= set(METHODS) for method in pipeline.methods)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.name)
+def test_every_sweep_file_is_valid(path: Path, tmp_path: Path) -> None:
+    sweep = load_sweep(path)
+    assert sweep.pipeline.settings.description and sweep.split == "test"
+    points = grid_points(sweep)
+    assert points[0].label == "zero_shot" and len({p.label for p in points}) == len(points)
+    # Seeds apart, nothing but what is swept differs between the points of a method.
+    for key in sweep.keys:
+        section, name = key.split(".")
+        assert {getattr(getattr(p.method.config, section), name) for p in points} >= set(sweep.choices[key].values())
+    data = yaml.safe_load(path.read_text())
+    wrong = tmp_path / path.name
+    wrong.write_text(yaml.safe_dump({**data, "train": {**data["train"], "epoch": 3}}))
+    with pytest.raises(ConfigError, match=r"train\.epoch\b.*did you mean train\.epochs"):
+        load_sweep(wrong)
+    wrong.write_text(yaml.safe_dump({**data, "grid": {"method.ranks": [4]}}))
+    with pytest.raises(ConfigError, match=r"unknown key method\.ranks; did you mean method\.rank"):
+        load_sweep(wrong)
+
+
+def test_the_sweeps_are_of_what_they_say() -> None:
+    assert [path.stem for path in SWEEPS] == ["rank_phantom", "rank_sweep", "slicing_sweep"]
+    synthetic, ranks, slicings = (grid_points(load_sweep(path)) for path in SWEEPS)
+    assert len(synthetic) == 3 * 2 * 2 + 1
+    assert {p.method.config.train.clip_norm for p in synthetic} == {None}
+    lora = [p.method.config.method for p in ranks if p.method.config.method.name == "lora"]
+    assert {(m.rank, m.scaling, m.alpha) for m in lora} == {
+        (rank, scaling, 8.0) for rank in (4, 8, 16, 32, 64) for scaling in ("alpha/r", "alpha/sqrt(r)", "none")
+    }
+    assert len(lora) == 45 and len(ranks) == 45 + 3 + 1
+    trained = [p for p in slicings if p.label != "zero_shot"]
+    assert {p.method.config.slicing.name for p in trained} == {"full", "every_second", "random", "max_slice"}
+    # Equal updates: what an epoch draws does not depend on how many slices there are.
+    assert len({(p.method.config.train.epochs, p.method.config.train.slices_per_epoch) for p in trained}) == 1
+    assert all(p.method.config.train.slices_per_epoch for p in trained)
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda p: p.name)
@@ -247,3 +285,65 @@ def test_the_thesis_setting_runs_at_tiny_size(tmp_path: Path) -> None:
     ]
     store = next((tmp_path / "out" / "prepared").glob("*/plan.json"))
     assert json.loads(store.read_text())["crop"]["size"] == [138, 202]
+
+
+SMALL = [
+    *("model.name=vit_nano", "model.weights=random", "model.image_size=64", "train.epochs=1"),
+    *("train.amp=none", "predict.amp=none", "train.batch_size=2", "predict.batch_size=16"),
+]
+
+
+def test_the_slicing_sweep_makes_equal_updates_at_tiny_size(tmp_path: Path) -> None:
+    """Its own file; the cohort, the model and the amount of work are small, and there is one seed."""
+    path = tmp_path / "slicing_sweep.yaml"
+    data = yaml.safe_load((CHECKOUT / "pipelines" / "slicing_sweep.yaml").read_text())
+    data |= {"phantom": {"cases": 6, "seed": 3, "shape": [48, 56, 20]}, "split": TINY["split"]}
+    data["grid"] = {"slicing.name": ["full", "max_slice"]}
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    out = tmp_path / "out"
+    assert sweep_file(path, [*SMALL, "train.slices_per_epoch=8", "method.rank=2"], out, device="cpu") == 0
+    records = {
+        name: json.loads((out / "runs" / name / "run.json").read_text())
+        for name in ("slicing=full", "slicing=max_slice")
+    }
+    # Three training cases have three largest slices, drawn again until there are eight.
+    assert {name: record["updates"] for name, record in records.items()} == dict.fromkeys(records, 4)
+    stores = {record["store"] for record in records.values()}
+    assert len(stores) == 2
+    assert (out / "sweep.png").is_file() and (out / "comparison" / "costs.png").is_file()
+
+
+def test_every_method_of_the_comparison_runs_at_tiny_size(tmp_path: Path) -> None:
+    """All of `methods_real_vit_t.yaml`, on a synthetic cohort in one split."""
+    path = tmp_path / "methods.yaml"
+    data = yaml.safe_load((CHECKOUT / "pipelines" / "methods_real_vit_t.yaml").read_text())
+    del data["folds"]
+    path.write_text(
+        yaml.safe_dump({**data, "phantom": {"cases": 6, "seed": 3, "shape": [40, 48, 12]}, "split": TINY["split"]})
+    )
+    stages = "pipeline.stages=[verify,prepare,train,predict,evaluate]"
+    settings = [*SMALL, "train.slices_per_epoch=2", "evaluate.bootstrap=100", "evaluate.challenge=null", stages]
+    assert run_file(path, settings, tmp_path / "out", device="cpu") == 0
+    scored = [row["method"] for row in read(tmp_path / "out" / "summary.csv")]
+    assert scored == [
+        *(
+            "filled_box",
+            "zero_shot",
+            "decoder_only",
+            "lora_r4",
+            "lora_r16",
+            "lora_r64",
+            "lora_r16_unscaled",
+            "lora_r64_unscaled",
+        ),
+        *("adapter", "prefix", "sam_parser", "sam_parser_lora_r16", "full"),
+    ]
+    records = {name: json.loads((tmp_path / "out" / "runs" / name / "run.json").read_text()) for name in scored[1:]}
+    count = {name: record["trainable_parameters"] for name, record in records.items()}
+    decoder = count["decoder_only"]
+    assert count["zero_shot"] == 0 and count["lora_r64"] - decoder == 16 * (count["lora_r4"] - decoder) > 0
+    assert count["lora_r64_unscaled"] == count["lora_r64"]
+    assert count["sam_parser_lora_r16"] - decoder == (count["sam_parser"] - decoder) + (count["lora_r16"] - decoder)
+    assert count["full"] == max(count.values())
+    settings = load_config(tmp_path / "out" / "runs" / "lora_r16_unscaled" / "config.yaml").method
+    assert (settings.rank, settings.scaling) == (16, "none")

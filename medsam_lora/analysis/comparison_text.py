@@ -111,6 +111,7 @@ def page(
     rows: Sequence[Mapping[str, Any]],
     pictures: Sequence[Picture] = (),
     notes: Sequence[str] = (),
+    costs: Sequence[str] = (),
 ) -> str:
     """The whole comparison as Markdown.
 
@@ -125,6 +126,8 @@ def page(
         Their SVG files stand beside the page.
     notes : sequence of str
         What the reader should know of this comparison: differing settings, plots that could not be drawn.
+    costs : sequence of str
+        Lines of Markdown (`cost_text.cost_lines`).
     """
     lines = ["# Comparison", "", *_about(entries), ""]
     for score in scores:
@@ -139,6 +142,7 @@ def page(
             least = min(map(_least, block))
             bound = f" So few patients cannot give a corrected p below {least:.2g}." if least > LEVEL else ""
             lines += [*_differences(block, score), "", f"Holm's correction is over {tests} of this table.{bound}", ""]
+    lines += costs
     if pictures:
         lines += ["## Pictures", ""]
         for picture in pictures:
@@ -178,7 +182,7 @@ def _means(entries: Sequence[Entry], score: Score) -> list[str]:
                 numbers = (score.number(float(np.mean(values))), score.number(float(np.median(values))))
                 counts = (str(len(rows)), str(sum(map(failed, rows))))
                 body.append((region, method_name(entry.label), *numbers, *counts, entry.values_of("postprocess")))
-    return _table(head, body, "region method post-processing")
+    return table(head, body, "region method post-processing")
 
 
 def _differences(rows: Sequence[Mapping[str, Any]], score: Score) -> list[str]:
@@ -205,7 +209,7 @@ def _differences(rows: Sequence[Mapping[str, Any]], score: Score) -> list[str]:
                 row["verdict"],
             )
         )
-    return _table(head, body, "region method baseline verdict")
+    return table(head, body, "region method baseline verdict")
 
 
 def _explanation(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -233,7 +237,7 @@ def _signed(score: Score, value: float) -> str:
     return text if text.startswith("-") or not float(text) else f"+{text}"
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]], words: str) -> list[str]:
+def table(head: Sequence[str], body: Sequence[Sequence[str]], words: str) -> list[str]:
     """A Markdown table; the columns named in `words` hold words, the others numbers."""
     marks = ["---" if name in words.split() else "---:" for name in head]
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in (head, marks, *body)]

@@ -96,7 +96,7 @@ def mosaic(rows: Sequence[Sequence[Panel]], legend: Mapping[str, Colour], title:
     y = 42
     for row in drawn:
         x = _GAP
-        for picture, column in zip(row, columns, strict=False):
+        for picture, column in zip(row, columns[: len(row)], strict=True):
             canvas.paste(picture, (x, y))
             x += column
         y += max(p.height for p in row) + _GAP

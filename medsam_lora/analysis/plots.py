@@ -114,7 +114,7 @@ def bland_altman_plot(volumes: Mapping[str, tuple[Sequence[float], Sequence[floa
         figure = new_figure(1.0 + 3.7 * columns, 0.7 + 3.7 * lines, title)
         panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
         colours = colour_cycle(len(names))
-        for at, (name, axes) in enumerate(zip(names, panels, strict=False)):
+        for at, (name, axes) in enumerate(zip(names, panels[: len(names)], strict=True)):
             _bland_altman(axes, name, volumes[name], colours[at])
             if at % columns == 0:
                 axes.set_ylabel("prediction − reference (ml)")

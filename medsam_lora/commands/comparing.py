@@ -28,6 +28,10 @@ def compare(
     ] = None,
     bootstrap: Annotated[int, typer.Option("--bootstrap", metavar="N", min=1, help="Resamples of patients.")] = 2000,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the resamples.")] = 0,
+    by: Annotated[
+        str | None,
+        typer.Option("--by", metavar="SECTION.KEY", help="Draw Dice and costs against this setting [method.rank]."),
+    ] = None,
     all_pairs: Annotated[bool, typer.Option("--all-pairs", help="Compare every method with every other.")] = False,
 ) -> None:
     """Compare runs case by case: statistics, a page of tables, plots."""
@@ -44,6 +48,7 @@ def compare(
         bootstrap=bootstrap,
         seed=seed,
         all_pairs=all_pairs,
+        by=by,
     )
     # One line per pair and region; what the other metrics say stands on the page.
     for row in rows:

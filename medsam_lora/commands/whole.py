@@ -1,4 +1,4 @@
-"""``run`` and ``demo``: all stages in one go."""
+"""``run``, ``sweep`` and ``demo``: all stages in one go."""
 
 from __future__ import annotations
 
@@ -36,6 +36,34 @@ def run(
         manifest=manifest,
         device=device,
         workers=options.processes(workers),
+    )
+    raise typer.Exit(code)
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="A pipeline, and the settings to vary in it.")],
+    settings: options.SetOption = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the results [out/NAME].")] = None,
+    root: options.RootOption = None,
+    manifest: Annotated[
+        Path | None, typer.Option("--manifest", metavar="M.csv", help="The manifest [made from --root].")
+    ] = None,
+    device: options.DeviceOption = "auto",
+    workers: options.WorkersOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the points, and do nothing.")] = False,
+) -> None:
+    """Vary settings of a pipeline: a run for every point, one table, one figure."""
+    from medsam_lora.stages.sweep import sweep_file
+
+    code = sweep_file(
+        file,
+        settings or (),
+        out,
+        root=root,
+        manifest=manifest,
+        device=device,
+        workers=options.processes(workers),
+        dry_run=dry_run,
     )
     raise typer.Exit(code)
 

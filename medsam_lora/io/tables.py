@@ -96,6 +96,20 @@ STATISTICS_COLUMNS: Final = (
 PER_PATIENT_COLUMNS: Final = ("patient_id", "method", "region", "n_cases", "n_failed")
 """What ``per_patient.csv`` has before the means of the metrics compared."""
 
+_COST_COLUMNS: Final = ("trainable_parameters", "peak_memory_mib", "train_seconds", "seconds_per_step")
+RUN_COLUMNS: Final = (
+    *("method", "region", "seed", "n_cases", "dice_mean", "dice_low", "dice_high"),
+    *_COST_COLUMNS,
+)
+"""Of ``runs.csv``: a row per run and region of a comparison."""
+SEED_COLUMNS: Final = (
+    *("method", "region", "n_seeds", "n_cases", "dice_mean", "dice_low", "dice_high"),
+    *("seed_sd", "seed_low", "seed_high"),
+    *_COST_COLUMNS,
+    "runs",
+)
+"""Of ``seeds.csv``: a row per setting and region that was run with several seeds."""
+
 STATUSES: Final = ("ok", "missing", "wrong_grid", "wrong_label")
 
 

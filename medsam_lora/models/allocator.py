@@ -8,6 +8,7 @@ such blocks: without this, a third of the time of a forward pass on a CPU is the
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 
 # Of glibc's malloc.h.
@@ -36,4 +37,21 @@ def keep_freed_memory() -> bool:
         libc.gnu_get_libc_version.restype = ctypes.c_char_p
         return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, _NEVER))
     except (OSError, AttributeError):  # another C library, such as musl
+        return False
+
+
+def release_freed_memory() -> bool:
+    """Give what is kept freed back to the kernel, so that a later peak of resident memory is of what comes after.
+
+    Returns
+    -------
+    bool
+        Whether something was given back; False where the C library is not glibc.
+    """
+    gc.collect()
+    if sys.platform != "linux":
+        return False
+    try:
+        return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
+    except (OSError, AttributeError):
         return False

@@ -136,6 +136,36 @@ def load_segmenter(
         Where the file is damaged or does not fit the base weights.
     """
     tensors, metadata = load_adapter(path)
+    segmenter = segmenter_of(metadata, path, weights, device, attention)
+    sam = segmenter.sam
+    check_base(metadata, sam.name, sam.base_sha256, sam.image_size, path, sam.grid)
+    segmenter.load_adapter_state({name: tensor.to(segmenter.device) for name, tensor in tensors.items()})
+    return segmenter.eval(), metadata
+
+
+def segmenter_of(
+    metadata: Mapping[str, Any],
+    path: Path | None = None,
+    weights: str | None = None,
+    device: torch.device | None = None,
+    attention: str | None = None,
+) -> Segmenter:
+    """A segmenter as an adapter file describes it, with its method attached and nothing trained in it.
+
+    Parameters
+    ----------
+    metadata : mapping
+        See `load_adapter`.
+    path : Path, optional
+        Of the adapter file, for messages.
+    weights, device, attention
+        As `load_segmenter` takes them; the base is whatever `weights` names.
+
+    Raises
+    ------
+    AdapterError
+        Where the metadata makes no segmenter.
+    """
     try:
         model = ModelConfig.model_validate(metadata["model"])
         method = MethodConfig.model_validate(metadata["method_options"])
@@ -151,6 +181,4 @@ def load_segmenter(
     device = torch.device("cpu") if device is None else device
     segmenter = build_segmenter(model, method, fusion, modalities, regions, seed, device)
     segmenter.input_spec = spec
-    check_base(metadata, model.name, segmenter.sam.base_sha256, segmenter.sam.image_size, path, segmenter.sam.grid)
-    segmenter.load_adapter_state({name: tensor.to(device) for name, tensor in tensors.items()})
-    return segmenter.eval(), metadata
+    return segmenter

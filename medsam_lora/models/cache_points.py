@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from medsam_lora.models.tiny_vit import TinyViT, TinyViTBlock
+from medsam_lora.models.vit import run_block
 from medsam_lora.sam_modules import ImageEncoderViT
 
 Step = tuple[int | None, Callable[[Tensor], Tensor]]
@@ -99,7 +99,7 @@ def _trunk(encoder: nn.Module) -> Iterator[Step]:
     """The parts between stem and neck, in the order they run."""
     if isinstance(encoder, ImageEncoderViT):
         for number, block in enumerate(encoder.blocks):
-            yield number, _checkpointed(encoder, block)
+            yield number, _block(encoder, block)
         return
     if not isinstance(encoder, TinyViT):
         raise ValueError(f"{type(encoder).__name__} has no cache points")
@@ -107,18 +107,15 @@ def _trunk(encoder: nn.Module) -> Iterator[Step]:
     for stage in list(encoder.layers)[1:]:
         for block in stage.blocks:  # type: ignore[union-attr]
             assert isinstance(block, TinyViTBlock)
-            yield number, _checkpointed(encoder, block)
+            yield number, _block(encoder, block)
             number += 1
         if stage.downsample is not None:
             yield None, _merged(stage.downsample)  # type: ignore[arg-type]
 
 
+def _block(encoder: nn.Module, block: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: run_block(block, x, bool(getattr(encoder, "checkpointing", False)))
+
+
 def _merged(merge: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: merge(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def _checkpointed(encoder: nn.Module, block: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The block, keeping nothing for the backward pass but its input where the encoder is set to do so."""
-    if not getattr(encoder, "checkpointing", False):
-        return block
-    return lambda x: checkpoint(block, x, use_reentrant=False) if torch.is_grad_enabled() else block(x)

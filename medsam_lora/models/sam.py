@@ -154,7 +154,8 @@ class SamModel(nn.Module):
         """
         counts = [1] * len(embedding) if counts is None else list(counts)
         unprompted = boxes is None and points is None
-        given = [len(part) for part in (boxes, *(points or ())) if part is not None]
+        # Not len(), which would make the number of prompts a constant of an exported graph.
+        given = [part.shape[0] for part in (boxes, *(points or ())) if part is not None]
         n_prompts = given[0] if given else len(embedding)
         each_one = all(count == 1 for count in counts)
         if (
@@ -169,7 +170,9 @@ class SamModel(nn.Module):
         positions = positions[..., : embedding.shape[-2], : embedding.shape[-1]]
         if unprompted:
             sparse = sparse.expand(n_prompts, -1, -1)
-        if not each_one:
+        if len(embedding) == 1:
+            embedding = embedding.expand(n_prompts, -1, -1, -1)
+        elif not each_one:
             embedding = embedding.repeat_interleave(torch.tensor(counts, device=embedding.device), dim=0)
         return self._predict_masks(embedding + dense, positions, sparse)
 

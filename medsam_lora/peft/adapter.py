@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from medsam_lora.config import MethodConfig
 from medsam_lora.peft.contract import Adaptation
-from medsam_lora.peft.decoder import decoder_part, linear, low_rank_rules
+from medsam_lora.peft.decoder import linear, with_decoder
 from medsam_lora.peft.drawing import bottleneck, bottleneck_count
 from medsam_lora.peft.edits import Edit, extend
 from medsam_lora.peft.sites import cache_point_before, chosen_sites, mlp_sites
@@ -56,12 +56,4 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
             adapted.adapter = bottleneck(base.out_features, inner, nn.GELU(), base.weight, generator)
             edits.append(Edit(f"image_encoder.{name}", base, adapted, "encoder"))
             count += bottleneck_count(base.out_features, inner)
-    decoder_edits, decoder_count = decoder_part(model, config, generator)
-    return Adaptation(
-        model,
-        config,
-        edits + decoder_edits,
-        expected_count=count + decoder_count,
-        cache_point=cache_point_before(sites),
-        rules=low_rank_rules(config),
-    )
+    return with_decoder(model, config, generator, edits, count, cache_point=cache_point_before(sites))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from medsam_lora.config import MethodConfig
 from medsam_lora.peft.contract import Adaptation
-from medsam_lora.peft.decoder import decoder_part, linear, low_rank_rules
+from medsam_lora.peft.decoder import linear, with_decoder
 from medsam_lora.peft.drawing import bottleneck, bottleneck_count
 from medsam_lora.peft.edits import Edit, extend
 from medsam_lora.peft.sites import cache_point_before, chosen_sites, mlp_sites
@@ -59,12 +59,4 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
         adapted.adapter_norm = mlp.norm.removeprefix(f"{mlp.name}.")
         edits.append(Edit(f"image_encoder.{mlp.name}", base, adapted, "encoder"))
         count += bottleneck_count(first.in_features, inner)
-    decoder_edits, decoder_count = decoder_part(model, config, generator)
-    return Adaptation(
-        model,
-        config,
-        edits + decoder_edits,
-        expected_count=count + decoder_count,
-        cache_point=cache_point_before(sites),
-        rules=low_rank_rules(config),
-    )
+    return with_decoder(model, config, generator, edits, count, cache_point=cache_point_before(sites))

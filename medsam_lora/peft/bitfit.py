@@ -12,7 +12,7 @@ from torch import nn
 from medsam_lora.config import MethodConfig
 from medsam_lora.errors import AdapterError
 from medsam_lora.peft.contract import Adaptation
-from medsam_lora.peft.decoder import decoder_part, low_rank_rules
+from medsam_lora.peft.decoder import with_decoder
 from medsam_lora.peft.edits import Edit
 from medsam_lora.sam_modules import LayerNorm2d
 
@@ -26,14 +26,7 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
         if bias is not None:
             edits.append(Edit(f"image_encoder.{name}.bias", bias, nn.Parameter(bias.detach().clone()), "encoder"))
             count += _features(name, module)
-    decoder_edits, decoder_count = decoder_part(model, config, generator)
-    return Adaptation(
-        model,
-        config,
-        edits + decoder_edits,
-        expected_count=count + decoder_count,
-        rules=low_rank_rules(config),
-    )
+    return with_decoder(model, config, generator, edits, count)
 
 
 def _features(name: str, module: nn.Module) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from medsam_lora.config import MethodConfig
 from medsam_lora.errors import AdapterError, ConfigError
-from medsam_lora.peft.contract import GroupRule
+from medsam_lora.peft.contract import Adaptation, GroupRule
 from medsam_lora.peft.edits import Edit, train_whole
 from medsam_lora.peft.low_rank import LoraLinear, LowRankOptions
 from medsam_lora.peft.sites import decoder_linears
@@ -40,6 +40,43 @@ def decoder_part(model: nn.Module, config: MethodConfig, generator: torch.Genera
         edits.append(Edit(f"mask_decoder.{name}", base, layer, low_rank_group("decoder", config)))
         count += low_rank_count(options, base.in_features, base.out_features)
     return edits, count
+
+
+def with_decoder(
+    model: nn.Module,
+    config: MethodConfig,
+    generator: torch.Generator,
+    edits: Sequence[Edit],
+    count: int,
+    *,
+    cache_point: str | None = None,
+    depth: int = 1,
+    rules: Mapping[str, GroupRule] | None = None,
+) -> Adaptation:
+    """Attach a method's own edits and the mask decoder's share (`decoder_part`).
+
+    Parameters
+    ----------
+    model : Module
+    config : MethodConfig
+    generator : torch.Generator
+    edits : sequence of Edit
+        Of the method, the decoder's not among them.
+    count : int
+        Parameters that those train, by the method's closed form.
+    cache_point, depth, rules
+        See `Adaptation`; the rules of low-rank branches (`low_rank_rules`) are added.
+    """
+    of_decoder, decoder_count = decoder_part(model, config, generator)
+    return Adaptation(
+        model,
+        config,
+        [*edits, *of_decoder],
+        expected_count=count + decoder_count,
+        cache_point=cache_point,
+        depth=depth,
+        rules={**low_rank_rules(config), **(rules or {})},
+    )
 
 
 def low_rank_options(config: MethodConfig) -> LowRankOptions:

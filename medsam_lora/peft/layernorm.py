@@ -11,7 +11,7 @@ from torch import nn
 
 from medsam_lora.config import MethodConfig
 from medsam_lora.peft.contract import Adaptation
-from medsam_lora.peft.decoder import decoder_part, low_rank_rules
+from medsam_lora.peft.decoder import with_decoder
 from medsam_lora.peft.edits import Edit, train_whole
 from medsam_lora.sam_modules import LayerNorm2d
 
@@ -24,11 +24,4 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
         if isinstance(module, nn.LayerNorm | LayerNorm2d):
             edits += train_whole(model, f"image_encoder.{name}", "encoder")
             count += 2 * (module.normalized_shape[0] if isinstance(module, nn.LayerNorm) else len(module.weight))
-    decoder_edits, decoder_count = decoder_part(model, config, generator)
-    return Adaptation(
-        model,
-        config,
-        edits + decoder_edits,
-        expected_count=count + decoder_count,
-        rules=low_rank_rules(config),
-    )
+    return with_decoder(model, config, generator, edits, count)

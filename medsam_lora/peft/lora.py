@@ -16,12 +16,11 @@ from torch import nn
 from medsam_lora.config import MethodConfig
 from medsam_lora.peft.contract import Adaptation
 from medsam_lora.peft.decoder import (
-    decoder_part,
     linear,
     low_rank_count,
     low_rank_group,
     low_rank_options,
-    low_rank_rules,
+    with_decoder,
 )
 from medsam_lora.peft.edits import Edit
 from medsam_lora.peft.low_rank import PROJECTIONS, LoraLinear, LoraQkv, LowRankOptions
@@ -67,16 +66,8 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
             base = linear(encoder, name)
             edits.append(Edit(f"image_encoder.{name}", base, LoraLinear(base, options, generator), group))
             count += low_rank_count(options, base.in_features, base.out_features)
-    decoder_edits, decoder_count = decoder_part(model, config, generator)
-    return Adaptation(
-        model,
-        config,
-        edits + decoder_edits,
-        expected_count=count + decoder_count,
-        # What runs before the first adapted block never changes.
-        cache_point=cache_point_before(sites),
-        rules=low_rank_rules(config),
-    )
+    # What runs before the first adapted block never changes.
+    return with_decoder(model, config, generator, edits, count, cache_point=cache_point_before(sites))
 
 
 def _whole_linears(site: AttentionSite, mlp: MlpSite | None, targets: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from medsam_lora.config import MethodConfig
 from medsam_lora.peft.attention import put_together, take_apart
 from medsam_lora.peft.contract import Adaptation
-from medsam_lora.peft.decoder import decoder_part, linear, low_rank_rules
+from medsam_lora.peft.decoder import linear, with_decoder
 from medsam_lora.peft.edits import Edit, extend
 from medsam_lora.peft.sites import cache_point_before, chosen_sites
 
@@ -68,12 +68,4 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
         adapted.register_parameter("prefix_gate", nn.Parameter(like.new_zeros(site.heads)))
         count += site.heads
         edits.append(Edit(f"image_encoder.{site.attention}", base, adapted, "encoder"))
-    decoder_edits, decoder_count = decoder_part(model, config, generator)
-    return Adaptation(
-        model,
-        config,
-        edits + decoder_edits,
-        expected_count=count + decoder_count,
-        cache_point=cache_point_before(sites),
-        rules=low_rank_rules(config),
-    )
+    return with_decoder(model, config, generator, edits, count, cache_point=cache_point_before(sites))

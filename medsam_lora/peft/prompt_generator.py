@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medsam_lora.config import MethodConfig
 from medsam_lora.peft.contract import Adaptation
-from medsam_lora.peft.decoder import decoder_part, linear, low_rank_rules
+from medsam_lora.peft.decoder import linear, with_decoder
 from medsam_lora.peft.drawing import draw_convolution
 from medsam_lora.peft.edits import Edit, extend
 from medsam_lora.peft.sites import cache_point_before, chosen_sites
@@ -56,15 +56,7 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
         edits.append(Edit(f"image_encoder.{site.name}", base, adapted, "encoder"))
         # 1x1 down with bias, two LayerNorms of `inner`, 3x3 depthwise, 1x1 up with bias, LayerNorm of `width`.
         count += (width * inner + inner) + 2 * 2 * inner + 9 * inner + (inner * width + width) + 2 * width
-    decoder_edits, decoder_count = decoder_part(model, config, generator)
-    return Adaptation(
-        model,
-        config,
-        edits + decoder_edits,
-        expected_count=count + decoder_count,
-        cache_point=cache_point_before(sites),
-        rules=low_rank_rules(config),
-    )
+    return with_decoder(model, config, generator, edits, count, cache_point=cache_point_before(sites))
 
 
 def _branch(width: int, inner: int, like: Tensor, generator: torch.Generator) -> nn.Sequential:

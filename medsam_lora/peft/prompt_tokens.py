@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from medsam_lora.config import MethodConfig
 from medsam_lora.errors import AdapterError
 from medsam_lora.peft.contract import Adaptation
-from medsam_lora.peft.decoder import decoder_part, low_rank_rules
+from medsam_lora.peft.decoder import with_decoder
 from medsam_lora.peft.edits import Edit, extend
 from medsam_lora.sam_modules import PromptEncoder
 
@@ -30,7 +30,7 @@ class LearnedPrompt(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Sparse embeddings (N, n, D) and dense ones as the base's, for N prompts, or 1 without any."""
         sparse, dense = super().forward(points, boxes, masks)
-        return self.learned_tokens.expand(len(sparse), -1, -1), dense
+        return self.learned_tokens.expand(sparse.shape[0], -1, -1), dense
 
 
 def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -> Adaptation:
@@ -47,14 +47,13 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
     tokens = config.tokens or DEFAULT_TOKENS
     adapted = extend(base, LearnedPrompt)
     adapted.register_parameter("learned_tokens", nn.Parameter(_start(base, tokens)))
-    decoder_edits, decoder_count = decoder_part(model, config, generator)
-    return Adaptation(
+    return with_decoder(
         model,
         config,
-        [Edit("prompt_encoder", base, adapted, "decoder"), *decoder_edits],
-        expected_count=tokens * base.embed_dim + decoder_count,
+        generator,
+        [Edit("prompt_encoder", base, adapted, "decoder")],
+        tokens * base.embed_dim,
         cache_point="embedding",
-        rules=low_rank_rules(config),
     )
 
 

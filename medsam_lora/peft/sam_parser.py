@@ -18,7 +18,7 @@ from torch.nn import functional
 from medsam_lora.config import MethodConfig
 from medsam_lora.errors import AdapterError, ConfigError
 from medsam_lora.peft.contract import Adaptation, GroupRule
-from medsam_lora.peft.decoder import decoder_part, low_rank_rules
+from medsam_lora.peft.decoder import with_decoder
 from medsam_lora.peft.edits import Edit, extend
 from medsam_lora.peft.full_precision import full_precision
 from medsam_lora.peft.sites import cache_point_before, chosen_sites, convolution_sites, mlp_sites
@@ -107,14 +107,14 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
         n_out, n_in = base.weight.shape[0], base.weight[0].numel()
         rank = min(n_out, n_in)
         count += rank + (rank * (n_out + n_in) if config.bases else 0)
-    decoder_edits, decoder_count = decoder_part(model, config, generator)
-    return Adaptation(
+    return with_decoder(
         model,
         config,
-        edits + decoder_edits,
-        expected_count=count + decoder_count,
+        generator,
+        edits,
+        count,
         cache_point=cache_point,
-        rules={**low_rank_rules(config), GROUP: GroupRule(lr=config.lr_singular, weight_decay=False)},
+        rules={GROUP: GroupRule(lr=config.lr_singular, weight_decay=False)},
     )
 
 

@@ -27,7 +27,7 @@ from medsam_lora.errors import AdapterError, ConfigError
 from medsam_lora.peft.adapter import Serial
 from medsam_lora.peft.adaptformer import Parallel
 from medsam_lora.peft.contract import Adaptation
-from medsam_lora.peft.decoder import decoder_part, linear, low_rank_rules
+from medsam_lora.peft.decoder import linear, with_decoder
 from medsam_lora.peft.drawing import bottleneck, bottleneck_count
 from medsam_lora.peft.edits import Edit, extend
 from medsam_lora.peft.sites import AttentionSite, MlpSite, cache_point_before, chosen_sites, mlp_sites
@@ -136,15 +136,8 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
         inner = config.bottleneck or max(1, site.dim_in // 4)
         edits += _block_edits(encoder, site, mlps[site.block], config.depth, inner, generator)
         count += (3 if config.depth > 1 else 2) * bottleneck_count(site.dim_in, inner)
-    decoder_edits, decoder_count = decoder_part(model, config, generator)
-    return Adaptation(
-        model,
-        config,
-        edits + decoder_edits,
-        expected_count=count + decoder_count,
-        cache_point=cache_point_before(sites),
-        rules=low_rank_rules(config),
-        depth=config.depth,
+    return with_decoder(
+        model, config, generator, edits, count, cache_point=cache_point_before(sites), depth=config.depth
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from medsam_lora.config import MethodConfig
 from medsam_lora.peft.attention import join_softmax, put_together, take_apart
 from medsam_lora.peft.contract import Adaptation
-from medsam_lora.peft.decoder import decoder_part, linear, low_rank_rules
+from medsam_lora.peft.decoder import linear, with_decoder
 from medsam_lora.peft.edits import Edit, extend
 from medsam_lora.peft.sites import AttentionSite, Rows, cache_point_before, chosen_sites
 
@@ -73,12 +73,11 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
         adapted.prompt_site = site
         adapted.prompt_norm = (encoder.get_submodule(site.norm),)
         edits.append(Edit(f"image_encoder.{site.attention}", base, adapted, "encoder"))
-    decoder_edits, decoder_count = decoder_part(model, config, generator)
-    return Adaptation(
+    return with_decoder(
         model,
         config,
-        edits + decoder_edits,
-        expected_count=sum(tokens * site.dim_in for site in sites) + decoder_count,
+        generator,
+        edits,
+        sum(tokens * site.dim_in for site in sites),
         cache_point=cache_point_before(sites),
-        rules=low_rank_rules(config),
     )

@@ -15,12 +15,23 @@ from medsam_lora.analysis.comparison import (
     per_patient,
 )
 from medsam_lora.analysis.comparison_text import page
+from medsam_lora.analysis.cost_text import cost_lines
+from medsam_lora.analysis.costs import run_rows, seed_groups, seed_rows
 from medsam_lora.analysis.entries import Entry, gather
 from medsam_lora.errors import ConfigError, DataError, nearest
 from medsam_lora.io.files import sha256_of, write_bytes_atomically
-from medsam_lora.io.tables import PER_PATIENT_COLUMNS, STATISTICS_COLUMNS, read_table, write_table
+from medsam_lora.io.tables import (
+    PER_PATIENT_COLUMNS,
+    RUN_COLUMNS,
+    SEED_COLUMNS,
+    STATISTICS_COLUMNS,
+    read_table,
+    write_table,
+)
 from medsam_lora.stages.compare_plots import draw
+from medsam_lora.stages.compare_sweeps import read_facts
 from medsam_lora.stages.record import run_record, write_json
+from medsam_lora.stages.relevance import check_key
 from medsam_lora.stages.scoring import FLOOR
 
 logger = logging.getLogger(__name__)
@@ -42,6 +53,7 @@ def compare(
     bootstrap: int = 2000,
     seed: int = 0,
     all_pairs: bool = False,
+    by: str | None = None,
 ) -> list[dict[str, Any]]:
     """Compare the methods of several tables, paired by case and region.
 
@@ -49,9 +61,10 @@ def compare(
     ----------
     tables : sequence of Path
         ``per_case.csv`` files, or folders that hold one. Where ``config.yaml``, ``log.csv`` and ``run.json`` stand
-        beside a table, the rank sweep and the training curves are drawn from them.
+        beside a table, what the run cost is taken from them, and sweeps and training curves are drawn.
     out : Path
-        Receives ``statistics.csv``, ``per_patient.csv``, ``comparison.md``, ``comparison.json`` and the plots.
+        Receives ``statistics.csv``, ``per_patient.csv``, ``runs.csv``, ``comparison.md``, ``comparison.json`` and the
+        plots; ``seeds.csv`` where runs differ in nothing but ``train.seed``.
     baseline : str, optional
         Label of the method that every other is compared with; the first table's by default. Labels are the methods'
         names; those of runs of the same name say more and are listed where the label is unknown.
@@ -61,6 +74,8 @@ def compare(
         Resamples and seed of the intervals.
     all_pairs : bool
         Compare every method with every other.
+    by : str, optional
+        ``section.key`` of the setting against which Dice and costs are drawn; the rank by default, where it differs.
 
     Returns
     -------
@@ -76,6 +91,8 @@ def compare(
     """
     if bootstrap < 1:
         raise ConfigError(f"{bootstrap} resamples", remedy="Give --bootstrap at least 1; 2000 is usual.")
+    if by is not None:
+        check_key(by)
     paths = _table_paths(tables)
     entries = _ordered(gather([(path, read_table(path, REQUIRED, DataError)) for path in paths], FLOOR), baseline)
     # Methods first, so that what differs between them is not told of their floor.
@@ -84,14 +101,25 @@ def compare(
     check_comparable(held, scores)
     rows = compare_pairs(pairs_of(entries, all_pairs), scores, bootstrap, seed)
     patients = per_patient(entries, scores)
-    pictures, notes = draw(entries, scores, out, bootstrap, seed)
-    notes = [*_differing_postprocess(entries), *_differing_challenges(entries, metrics), *notes]
+    unread: list[str] = []
+    facts = read_facts(entries, unread)
+    groups = seed_groups(entries, facts)
+    runs, seeds = run_rows(entries, facts, bootstrap, seed), seed_rows(groups, bootstrap, seed)
+    pictures, notes = draw(entries, groups, scores, out, bootstrap, seed, by)
+    notes = [*unread, *_differing_postprocess(entries), *_differing_challenges(entries, metrics), *notes]
     for note in notes:
         logger.info(note)
     write_table(out / "statistics.csv", STATISTICS_COLUMNS, rows)
     write_table(out / "per_patient.csv", (*PER_PATIENT_COLUMNS, *(score.column for score in scores)), patients)
-    write_bytes_atomically(out / "comparison.md", page(entries, scores, rows, pictures, notes).encode())
-    write_json(out / "comparison.json", _record(paths, entries, rows, notes, bootstrap, seed))
+    write_table(out / "runs.csv", RUN_COLUMNS, runs)
+    if seeds:
+        write_table(out / "seeds.csv", SEED_COLUMNS, seeds)
+    else:
+        (out / "seeds.csv").unlink(missing_ok=True)
+    text = page(entries, scores, rows, pictures, notes, cost_lines(runs, seeds))
+    write_bytes_atomically(out / "comparison.md", text.encode())
+    record = _record(paths, entries, rows, notes, bootstrap, seed)
+    write_json(out / "comparison.json", record | {"runs": runs, "seeds": seeds})
     return rows
 
 

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
 from medsam_lora.analysis.comparison_text import Picture, capital
+from medsam_lora.analysis.costs import Group
 from medsam_lora.analysis.entries import Entry, failed
-from medsam_lora.analysis.wording import PREDICTION_VOLUME, REFERENCE_VOLUME, SCORES, Score, method_name, region_name
-from medsam_lora.config import load_yaml
+from medsam_lora.analysis.wording import PREDICTION_VOLUME, REFERENCE_VOLUME, Score, method_name, region_name
 from medsam_lora.errors import MedsamLoraError
 from medsam_lora.io.files import write_bytes_atomically
 from medsam_lora.io.tables import read_table
-from medsam_lora.peft import METHODS
+from medsam_lora.stages.compare_sweeps import cost_picture, owned, sweep_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
-@dataclass(frozen=True)
-class _Settings:
-    """What stands in the ``config.yaml`` beside a table: the method, its rank, and every other setting."""
-
-    method: str
-    rank: int
-    others: Mapping[str, Any]
+MOST_METHODS: Final = 16
+"""Of more methods the cases are not drawn one by one."""
 
 
 def draw(
-    entries: Sequence[Entry], scores: Sequence[Score], out: Path, bootstrap: int, seed: int
+    entries: Sequence[Entry],
+    groups: Sequence[Group],
+    scores: Sequence[Score],
+    out: Path,
+    bootstrap: int,
+    seed: int,
+    by: str | None = None,
 ) -> tuple[list[Picture], list[str]]:
     """Draw every plot that the tables and the files beside them allow, as SVG and PNG.
 
@@ -40,9 +38,13 @@ def draw(
     ----------
     entries : sequence of Entry
         The baseline first.
+    groups : sequence of Group
+        The entries, those of several seeds taken together.
     scores : sequence of Score
     out : Path
     bootstrap, seed : int
+        As in `compare.compare`.
+    by : str, optional
         As in `compare.compare`.
 
     Returns
@@ -50,13 +52,23 @@ def draw(
     pictures : list of Picture
         In the order in which a reader wants them.
     notes : list of str
-        What was not drawn, and why; what else differs in a rank sweep.
+        What was not drawn, and why; what else differs in a sweep.
     """
     from medsam_lora.analysis.figures import figure_png, figure_svg
 
-    drawn = [*_paired(entries, scores), *_volumes(entries)]
     notes: list[str] = []
-    for part in (_ranks(entries, bootstrap, seed, notes), _training(entries, notes)):
+    drawn: list[tuple[Picture, Figure]] = []
+    if len(entries) <= MOST_METHODS:
+        drawn += [*_paired(entries, scores), *_volumes(entries)]
+    else:
+        notes.append(
+            f"single cases and training curves of more than {MOST_METHODS} methods are not drawn: no eye tells"
+        )
+    for part in (
+        sweep_picture(groups, by, bootstrap, seed, notes),
+        cost_picture(groups, bootstrap, seed),
+        _training(entries, notes) if len(entries) <= MOST_METHODS else None,
+    ):
         drawn += [part] if part is not None else []
     for picture, figure in drawn:
         write_bytes_atomically(out / f"{picture.name}.svg", figure_svg(figure).encode())
@@ -130,19 +142,12 @@ def _predicted_volume(entry: Entry, row: Mapping[str, str]) -> float:
     return math.nan if failed(row) and not row["prediction_volume_ml"] else entry.number(row, PREDICTION_VOLUME)
 
 
-def _owned(entries: Sequence[Entry], entry: Entry, name: str) -> Path | None:
-    """A file beside an entry's table, where the table is of this one method."""
-    owners = [other for other in entries if other.path == entry.path and not other.is_floor]
-    path = entry.path.parent / name
-    return path if len(owners) == 1 and not entry.is_floor and path.is_file() else None
-
-
 def _training(entries: Sequence[Entry], notes: list[str]) -> tuple[Picture, Figure] | None:
     from medsam_lora.analysis.curves import training_curves
 
     logs = {}
     for name, entry in _names(entries).items():
-        path = _owned(entries, entry, "log.csv")
+        path = owned(entries, entry, "log.csv")
         if path is not None:
             try:
                 rows = read_table(path, ("epoch",))
@@ -164,93 +169,3 @@ def _check_log(rows: Sequence[Mapping[str, str]]) -> None:
         int(row["epoch"])
         for column in ("loss", "train_dice", "val_dice"):
             float(row.get(column) or 0)
-
-
-def _ranks(entries: Sequence[Entry], bootstrap: int, seed: int, notes: list[str]) -> tuple[Picture, Figure] | None:
-    from medsam_lora.analysis.curves import RankPanel, RankPoint, rank_curve
-
-    sweeps = _sweeps(entries, notes)
-    if not sweeps:
-        notes.append("a rank sweep is not drawn: no two runs of one method differ in method.rank (config.yaml)")
-        return None
-    swept = {entry.label for runs in sweeps.values() for entry, _ in runs}
-    level = [entry for entry in entries if entry.is_floor or (entry is entries[0] and entry.label not in swept)]
-    panels = []
-    for region in _regions([entry for runs in sweeps.values() for entry, _ in runs]):
-        points = {}
-        for method, runs in sweeps.items():
-            points[method_name(method)] = [
-                RankPoint(
-                    settings.rank,
-                    [entry.number(row, SCORES["dice"]) for row in entry.of(region).values()],
-                    [row["patient_id"] for row in entry.of(region).values()],
-                    _parameters(entries, entry),
-                )
-                for entry, settings in runs
-            ]
-        lines = {}
-        for name, entry in _names(level).items():
-            values = [entry.number(row, SCORES["dice"]) for row in entry.of(region).values()]
-            if values:
-                lines[name] = math.fsum(values) / len(values)
-        panels.append(RankPanel(capital(region_name(region)), points, lines))
-    for method, runs in sweeps.items():
-        if differing := _other_differences([settings for _, settings in runs]):
-            notes.append(f"the runs of {method} in the rank sweep differ in more than the rank: {', '.join(differing)}")
-    figure = rank_curve(panels, title="Dice by rank", floor=_floor_name(level), bootstrap=bootstrap, seed=seed)
-    caption = (
-        "Rank sweep: mean Dice with its 95 % interval over patients against the rank; horizontal lines are methods "
-        "without a rank. Overlapping intervals do not show equality: see the paired differences."
-    )
-    return Picture("rank_sweep", caption), figure
-
-
-def _sweeps(entries: Sequence[Entry], notes: list[str]) -> dict[str, list[tuple[Entry, _Settings]]]:
-    """Runs by the method they trained, where two of them differ in rank."""
-    found: dict[str, list[tuple[Entry, _Settings]]] = {}
-    for entry in entries:
-        path = _owned(entries, entry, "config.yaml")
-        if path is None:
-            continue
-        try:
-            settings = _settings(load_yaml(path))
-        except MedsamLoraError as error:
-            notes.append(f"{entry.label} is not in a rank sweep: {error}")
-            continue
-        if settings is not None:
-            found.setdefault(settings.method, []).append((entry, settings))
-    return {method: runs for method, runs in found.items() if len({settings.rank for _, settings in runs}) > 1}
-
-
-def _settings(data: Mapping[str, Any]) -> _Settings | None:
-    method = data.get("method")
-    if not isinstance(method, Mapping) or not isinstance(method.get("rank"), int) or method["rank"] < 1:
-        return None
-    name = str(method.get("name"))
-    # The file holds every setting, also those that a method does not read.
-    if name not in METHODS or "rank" not in METHODS[name].options:
-        return None
-    flat = {
-        f"{section}.{key}": value
-        for section, values in data.items()
-        if isinstance(values, Mapping)
-        for key, value in values.items()
-    }
-    return _Settings(name, method["rank"], {key: value for key, value in flat.items() if key != "method.rank"})
-
-
-def _other_differences(runs: Sequence[_Settings]) -> list[str]:
-    keys = sorted({key for run in runs for key in run.others})
-    return [key for key in keys if any(run.others.get(key) != runs[0].others.get(key) for run in runs)]
-
-
-def _parameters(entries: Sequence[Entry], entry: Entry) -> int | None:
-    for name in ("run.json", "fold0/run.json"):
-        path = _owned(entries, entry, name)
-        if path is not None:
-            try:
-                count = json.loads(path.read_text(encoding="utf-8")).get("trainable_parameters")
-            except (ValueError, AttributeError):  # not JSON, or not an object
-                continue
-            return count if isinstance(count, int) else None
-    return None

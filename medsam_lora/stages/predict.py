@@ -37,7 +37,7 @@ from medsam_lora.prompts.sources import inside, on_grid, read_box_table, referen
 from medsam_lora.records import CaseRecord, CaseVolumes, Finding, SliceBox, StageOutcome
 from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.stages.train import ADAPTER_FILE, CACHE_FOLDER
-from medsam_lora.training.guards import peak_memory_mib
+from medsam_lora.training.guards import peak_memory_mib, reset_peak_memory
 from medsam_lora.transforms.stages import PreparePlan, crop_geometry, prepare_case
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,34 @@ class Task:
     options: PredictOptions
     max_bytes: int
     clean_up: Mapping[str, postprocess.CleanUp]
+
+
+def task_of(
+    segmenter: Segmenter, metadata: Mapping[str, Any], root: Path, out: Path, options: PredictOptions, max_bytes: int
+) -> Task:
+    """What every case shares, from what an adapter says of itself.
+
+    Parameters
+    ----------
+    segmenter : Segmenter
+    metadata : mapping
+        Of its adapter.
+    root, out : Path
+    options : PredictOptions
+    max_bytes : int
+        Cap on the bytes that the header of a volume may claim.
+    """
+    return Task(
+        segmenter,
+        PreparePlan.from_json(metadata["plan"]),
+        root,
+        out,
+        metadata["prompts"]["kind"],
+        metadata["prompts"]["min_voxels"],
+        options,
+        max_bytes,
+        postprocess.from_json(metadata.get("postprocess", {})),
+    )
 
 
 def predict(
@@ -104,7 +132,8 @@ def predict(
     keep_freed_memory()
     adapter = run if run.is_file() else run / ADAPTER_FILE
     target = choose_device(device)
-    records = _chosen(read_manifest(manifest), split, manifest)
+    reset_peak_memory(target)
+    records = chosen_cases(read_manifest(manifest), split, manifest)
     given = None if boxes is None else read_box_table(boxes)
     chosen = config.model.model_fields_set
     segmenter, metadata = load_segmenter(
@@ -116,16 +145,14 @@ def predict(
     folder = out.parent / CACHE_FOLDER if cache is None else cache
     fixed = sha256_of(adapter) if config.predict.keep_embeddings else ""
     segmenter.use_cache(folder, int(config.train.cache_gib * 2**30), config.predict.amp, fixed=fixed)
-    task = Task(
+    options = PredictOptions(config.predict.batch_size, config.predict.amp, config.predict.threshold)
+    task = task_of(
         segmenter,
-        PreparePlan.from_json(metadata["plan"]),
+        metadata,
         manifest.parent if root is None else root,
         out,
-        metadata["prompts"]["kind"],
-        metadata["prompts"]["min_voxels"],
-        PredictOptions(config.predict.batch_size, config.predict.amp, config.predict.threshold),
+        options,
         int(config.data.max_gib * 2**30),
-        postprocess.from_json(metadata.get("postprocess", {})),
     )
     _, meanings = label_map_of(np.zeros((len(segmenter.regions), 1, 1, 1), bool), segmenter.regions)
     if segmenter.regions_by_area:
@@ -166,7 +193,7 @@ def predict(
             outcome.skipped.append(record.case_id)
             continue
         try:
-            used = _predict_case(task, record, mine)
+            used = predict_case(task, record, mine)
         except MedsamLoraError as error:
             outcome.failed.append(_finding(record.case_id, error))
             logger.error("%s", error)
@@ -178,8 +205,26 @@ def predict(
     return outcome
 
 
-def _predict_case(task: Task, record: CaseRecord, given: Sequence[SliceBox] | None) -> list[SliceBox]:
-    """Predict and write one case; gives back the boxes used, in the native frame."""
+def predict_case(task: Task, record: CaseRecord, given: Sequence[SliceBox] | None) -> list[SliceBox]:
+    """Predict and write one case.
+
+    Parameters
+    ----------
+    task : Task
+    record : CaseRecord
+    given : sequence of SliceBox, optional
+        Native frame; from the reference where there are none given.
+
+    Returns
+    -------
+    list of SliceBox
+        The boxes used, in the native frame.
+
+    Raises
+    ------
+    DataError
+        Where the case or its boxes cannot be used.
+    """
     case = read_case(record, task.root, task.segmenter.modalities, max_bytes=task.max_bytes, allow_missing=True)
     if len(case.modalities) < len(task.segmenter.modalities):
         absent = sorted(set(task.segmenter.modalities) - set(case.modalities))
@@ -287,7 +332,14 @@ class _Log:
         write_json(self.out / "record.json", self.record | {"identity": self.identity, "done": self.keys})
 
 
-def _chosen(records: Sequence[CaseRecord], split: str | None, manifest: Path) -> list[CaseRecord]:
+def chosen_cases(records: Sequence[CaseRecord], split: str | None, manifest: Path) -> list[CaseRecord]:
+    """The cases of a split, all of them where it is None.
+
+    Raises
+    ------
+    ManifestError
+        Where there are none.
+    """
     chosen = [r for r in records if split is None or r.split == split]
     if not chosen:
         known = ", ".join(sorted({r.split or "(empty)" for r in records})) or "none"

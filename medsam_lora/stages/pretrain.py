@@ -25,7 +25,8 @@ from medsam_lora.models.sam import SamModel, build
 from medsam_lora.stages.pipeline import PretrainSection
 from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.training.held_out import HELD_OUT_SEED, scene_iou, shape_iou
-from medsam_lora.training.pretrain import Course, Recipe, new_optimiser, pretrain
+from medsam_lora.training.pretrain import new_optimiser, pretrain
+from medsam_lora.training.recipe import Course, Recipe
 from medsam_lora.training.state import load_state, save_state
 
 logger = logging.getLogger(__name__)

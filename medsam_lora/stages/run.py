@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -12,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from medsam_lora.errors import ManifestError, PreparedError
-from medsam_lora.io.files import sha256_of
 from medsam_lora.io.manifest import read_manifest, write_manifest
-from medsam_lora.io.partial import VERIFIED_FILE
 from medsam_lora.io.tables import FINDING_COLUMNS, write_table
 from medsam_lora.stages.cohort import choose_cases, find_cohort
-from medsam_lora.stages.pipeline import STAGES, Method, Pipeline, load_pipeline
+from medsam_lora.stages.method_runs import store_for, train_and_predict, with_pretrained_weights
+from medsam_lora.stages.pipeline import STAGES, Pipeline, load_pipeline
 from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.stages.scoring import FLOOR
 from medsam_lora.stages.summary import write_summary
@@ -77,14 +75,14 @@ def run(pipeline: Pipeline, out: Path, *, start: str | None = None, device: str 
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     place = Workplace(out, pipeline, find_cohort(pipeline, out, workers), device, workers, start)
-    pipeline = place.pipeline = _pretrained(place)
+    pipeline = place.pipeline = with_pretrained_weights(place)
     with timed(place, "verify"):
         choose_cases(place)
     with timed(place, "prepare"):
         stores = _prepare(place)
     for method in pipeline.methods:
         for fold, manifest in place.fold_manifests():
-            _train_and_predict(place, method, fold, manifest, stores.get((method.label, fold)))
+            train_and_predict(place, method, fold, manifest, stores.get((method.label, fold)))
     summary = None
     if place.runs("evaluate"):
         with timed(place, "evaluate"):
@@ -155,23 +153,6 @@ def _write_record(place: Workplace, started: float) -> None:
     )
 
 
-def _pretrained(place: Workplace) -> Pipeline:
-    """The pipeline with its methods' weights set to the pre-trained ones, where it asks for pre-training."""
-    section = place.pipeline.settings.pretrain
-    if section is None:
-        return place.pipeline
-    from medsam_lora.stages.pretrain import pretrain_nano
-
-    with timed(place, "pretrain"):
-        weights = pretrain_nano(place.out / "pretrained", section, place.device)
-
-    def with_weights(method: Method) -> Method:
-        model = method.config.model.model_copy(update={"weights": str(weights)})
-        return Method(method.label, method.config.model_copy(update={"model": model}))
-
-    return replace(place.pipeline, methods=tuple(with_weights(m) for m in place.pipeline.methods))
-
-
 def _prepare(place: Workplace) -> dict[tuple[str, str], Path]:
     """The store of every method and fold; methods with equal settings share theirs."""
     pointer = place.out / "prepared" / "stores.json"
@@ -182,79 +163,14 @@ def _prepare(place: Workplace) -> dict[tuple[str, str], Path]:
         if place.start is not None and place.runs("train"):
             raise PreparedError("nothing is prepared yet", path=pointer, remedy="Run without --from first.")
         return {}
-    from medsam_lora.stages.prepare import prepare
-
-    made: dict[str, Path] = {}
     stores: dict[tuple[str, str], Path] = {}
     for method in place.pipeline.methods:
-        config = method.config
-        sections = {"data", "slicing", "crop", "intensity"}
-        key = config.model_dump_json(include=sections) + ",".join(config.train.regions)
         for fold, manifest in place.fold_manifests():
-            if key + fold not in made:
-                store, outcome = prepare(
-                    manifest,
-                    place.root,
-                    place.out / "prepared",
-                    config,
-                    workers=place.workers,
-                    verified=place.out / VERIFIED_FILE,
-                )
-                place.failures += outcome.failed
-                bad = {f.case_id for f in outcome.failed}
-                if bad:
-                    write_manifest(manifest, [r for r in read_manifest(manifest) if r.case_id not in bad])
-                made[key + fold] = store
-            stores[method.label, fold] = made[key + fold]
+            store, failed = store_for(place, method, fold, manifest)
+            place.failures += failed
+            bad = {f.case_id for f in failed}
+            if bad:
+                write_manifest(manifest, [r for r in read_manifest(manifest) if r.case_id not in bad])
+            stores[method.label, fold] = store
     write_json(pointer, [[label, fold, store.name] for (label, fold), store in stores.items()])
     return stores
-
-
-def _train_and_predict(place: Workplace, method: Method, fold: str, manifest: Path, store: Path | None) -> None:
-    folder = place.run_folder(method, fold)
-    name = f"{method.label} {fold}".strip()
-    if place.runs("train"):
-        assert store is not None
-        with timed(place, f"train {name}"):
-            _train(place, method, folder, manifest, store)
-    if place.runs("predict"):
-        from medsam_lora.stages.predict import predict
-
-        logger.info("predict: %s", name)
-        with timed(place, f"predict {name}"):
-            outcome = predict(
-                manifest,
-                place.root,
-                folder,
-                folder / "predictions",
-                method.config,
-                split="test",
-                device=place.device,
-                cache=place.cache,
-            )
-        place.failures += outcome.failed
-
-
-def _train(place: Workplace, method: Method, folder: Path, manifest: Path, store: Path) -> None:
-    """Train unless the same was done already; go on where it was stopped."""
-    from medsam_lora.stages.train import STATE_FILE, train
-
-    inputs = {
-        "config": method.config.model_dump(
-            mode="json", exclude={"predict": True, "evaluate": True, "train": {"cache_gib", "processes"}}
-        ),
-        "store": store.name,
-        "manifest": sha256_of(manifest),
-    }
-    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    mark = folder / "inputs.sha256"
-    same = mark.is_file() and mark.read_text().strip() == key
-    if same and (folder / "run.json").is_file() and place.start != "train":
-        logger.info("%s is trained already", folder)
-        return
-    resume = same and not (folder / "run.json").is_file() and (folder / STATE_FILE).is_file()
-    (folder / "run.json").unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(key + "\n")
-    logger.info("train: %s%s", folder.relative_to(place.out), " (resumed)" if resume else "")
-    train(manifest, store, folder, method.config, device=place.device, resume=resume, cache=place.cache)

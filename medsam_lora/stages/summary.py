@@ -39,16 +39,14 @@ def write_summary(place: Workplace) -> str:
     base = place.pipeline.base.evaluate
     tables: dict[str, list[dict[str, Any]]] = {}
     for method in place.pipeline.methods:
-        rows, floor = _score(place, method)
+        rows, floor = score_method(place, method)
         tables[method.label] = rows
         # The boxes are the same for every method: the floor is scored once.
         tables.setdefault(FLOOR, floor)
-        if place.pipeline.settings.folds is not None:
-            _gather_folds(place, method)
     ordered = {FLOOR: tables.pop(FLOOR), **tables} if tables.get(FLOOR) else tables
     ordered = {label: rows for label, rows in ordered.items() if rows}
     for label, rows in ordered.items():
-        write_table(place.out / "runs" / label / "per_case.csv", per_case_columns(base.challenge), rows)
+        write_scores(place, label, rows)
     everything = [row for rows in ordered.values() for row in rows]
     summary = summarise(everything, base.bootstrap, base.seed)
     write_table(place.out / "summary.csv", SUMMARY_COLUMNS, summary)
@@ -56,7 +54,21 @@ def write_summary(place: Workplace) -> str:
     return case_table(ordered, summary) + "\n" + differences(ordered, base.bootstrap, base.seed)
 
 
-def _score(place: Workplace, method: Method) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def write_scores(place: Workplace, label: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``runs/<label>/per_case.csv``."""
+    columns = per_case_columns(place.pipeline.base.evaluate.challenge)
+    write_table(place.out / "runs" / label / "per_case.csv", columns, rows)
+
+
+def score_method(place: Workplace, method: Method) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of a method and of its floor, over all folds; its log and settings are put together where there are folds.
+
+    Parameters
+    ----------
+    place : Workplace
+        Gains the failures of scoring.
+    method : Method
+    """
     rows: list[dict[str, Any]] = []
     for fold, manifest in place.fold_manifests():
         folder = place.run_folder(method, fold)
@@ -67,7 +79,7 @@ def _score(place: Workplace, method: Method) -> tuple[list[dict[str, Any]], list
             folder / "evaluation",
             run=method.label + (f"/{fold}" if fold else ""),
             method=method.label,
-            split="test",
+            split=place.split,
             challenge=place.pipeline.base.evaluate.challenge,
             bootstrap=place.pipeline.base.evaluate.bootstrap,
             seed=place.pipeline.base.evaluate.seed,
@@ -75,6 +87,8 @@ def _score(place: Workplace, method: Method) -> tuple[list[dict[str, Any]], list
         )
         rows += scored
         place.failures += outcome.failed
+    if place.pipeline.settings.folds is not None:
+        _gather_folds(place, method)
     return [r for r in rows if r["method"] != FLOOR], [r for r in rows if r["method"] == FLOOR]
 
 

@@ -31,7 +31,7 @@ from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.stages.training_cases import check_cases, find_store, first_slices, split_cases
 from medsam_lora.training.dataset import PromptOptions, SliceDataset
 from medsam_lora.training.distributed import Group, joined, launch, under_torchrun
-from medsam_lora.training.guards import peak_memory_mib
+from medsam_lora.training.guards import peak_memory_mib, reset_peak_memory
 from medsam_lora.training.log import LOG_COLUMNS
 from medsam_lora.training.loop import Trainer
 
@@ -121,6 +121,7 @@ def _train_as(
     store = find_store(prepared)
     training, validation = split_cases(store, manifest)
     target = choose_device(device)
+    reset_peak_memory(target)
     # One place for both: an adapter's initialisation and the order of its training slices.
     seed = config.train.seed
     modalities = config.data.modalities
@@ -141,9 +142,7 @@ def _train_as(
             remedy="Put cases into the split val, or set train.postprocess to none.",
         )
     prompts = PromptOptions(config.prompt.boxes, config.prompt.min_component_voxels, config.prompt.jitter_px)
-    metadata = adapter_metadata(segmenter, config.model, config.method, config.fusion, seed)
-    metadata["plan"] = json.loads((store / "plan.json").read_text())
-    metadata["prompts"] = {"kind": prompts.kind, "min_voxels": prompts.min_voxels}
+    metadata = run_metadata(segmenter, config, store)
     if group.is_main:
         run.mkdir(parents=True, exist_ok=True)
         write_bytes_atomically(run / "config.yaml", dump_config(config).encode())
@@ -162,7 +161,7 @@ def _train_as(
         metadata["postprocess"] = postprocess.to_json(how)
         logger.info("post-processing, fitted on %d validation cases: %s", len(validation), postprocess.describe(how))
     save_adapter(run / ADAPTER_FILE, segmenter.adapter_state(), metadata)
-    check = _check_reloaded(segmenter, validation or [first_slices(training[0])], run, config, target)
+    check = check_reloaded(segmenter, validation or [first_slices(training[0])], run, config, target)
     record = run_record(config) | {
         "stage": "train",
         "method": config.method.name,
@@ -175,6 +174,7 @@ def _train_as(
         "amp": resolve_amp(config.train.amp, target),
         "peak_memory_mib": peak_memory_mib(target),
         "duration_s": time.perf_counter() - started,
+        **_time_record(rows),
         "prompt_source": REFERENCE_BOX,
         "regions": list(segmenter.regions),
         "postprocess": postprocess.describe(postprocess.from_json(metadata.get("postprocess", {}))),
@@ -185,6 +185,30 @@ def _train_as(
     }
     write_json(run / "run.json", record)
     return record
+
+
+def _time_record(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds of the epochs, whenever they ran, without validation; updates of the weights; seconds for each."""
+    seconds = sum(row.get("duration_s") or 0.0 for row in rows)
+    updates = sum(row.get("updates") or 0 for row in rows)
+    return {"train_seconds": seconds, "updates": updates, "seconds_per_step": seconds / updates if updates else None}
+
+
+def run_metadata(segmenter: Segmenter, config: Config, store: Path) -> dict[str, Any]:
+    """What the adapter file of a run says of itself: the segmenter, how its slices are prepared, and its prompts.
+
+    Parameters
+    ----------
+    segmenter : Segmenter
+        Built from `config`.
+    config : Config
+    store : Path
+        The prepared store, with its ``plan.json``.
+    """
+    metadata = adapter_metadata(segmenter, config.model, config.method, config.fusion, config.train.seed)
+    metadata["plan"] = json.loads((store / "plan.json").read_text(encoding="utf-8"))
+    metadata["prompts"] = {"kind": config.prompt.boxes, "min_voxels": config.prompt.min_component_voxels}
+    return metadata
 
 
 def _cache_record(segmenter: Segmenter, config: Config) -> dict[str, Any] | None:
@@ -265,12 +289,33 @@ def _identity(
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _check_reloaded(
+def check_reloaded(
     segmenter: Segmenter, cases: Sequence[PreparedSlices], run: Path, config: Config, device: torch.device
 ) -> dict[str, Any]:
     """Dice of the trained segmenter and of the one read back from disk, which must be equal.
 
     The commonest way in which such systems failed is that the weights evaluated were not those trained.
+
+    Parameters
+    ----------
+    segmenter : Segmenter
+        As trained.
+    cases : sequence of PreparedSlices
+    run : Path
+        Holds ``adapter.safetensors``.
+    config : Config
+        That of the training.
+    device : torch.device
+
+    Returns
+    -------
+    dict
+        ``cases``, ``dice`` of the adapter read back, and ``largest_difference``.
+
+    Raises
+    ------
+    TrainingError
+        Where the two differ.
     """
     options = PredictOptions(config.train.batch_size, config.train.amp)
     reloaded, _ = load_segmenter(run / ADAPTER_FILE, config.model.weights, device)

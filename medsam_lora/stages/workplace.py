@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,11 @@ from medsam_lora.stages.pipeline import STAGES, Method, Pipeline
 
 @dataclass
 class Workplace:
-    """The folder of one pipeline run, and what its stages leave for each other."""
+    """The folder of one pipeline run, and what its stages leave for each other.
+
+    `split` is the one that is predicted and scored; `stores` are those made in this session, by their
+    settings, each with the cases that could not be prepared.
+    """
 
     out: Path
     pipeline: Pipeline
@@ -20,8 +25,10 @@ class Workplace:
     device: str
     workers: int
     start: str | None = None
+    split: str = "test"
     failures: list[Finding] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    stores: dict[str, tuple[Path, Sequence[Finding]]] = field(default_factory=dict)
 
     def runs(self, stage: str) -> bool:
         """Whether a stage is asked for and not before ``--from``."""

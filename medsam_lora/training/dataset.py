@@ -173,18 +173,21 @@ class SliceDataset:
 
     def shape(self, item: int) -> tuple[int, int]:
         """In-plane shape of a slice."""
-        x, y, _ = self.cases[self.index[item][0]].crop.shape
+        x, y, _ = self.cases[self.index[item % len(self)][0]].crop.shape
         return x, y
 
     def sample(self, item: int, generator: np.random.Generator | None = None, flip: bool = False) -> Sample:
-        """A slice; with a generator its boxes are jittered and, if asked for, it is mirrored at random."""
-        c, n = self.index[item]
+        """A slice; with a generator its boxes are jittered and, if asked for, it is mirrored at random.
+
+        Items from ``len(self)`` on are the slices once more, for another draw (`epoch_order`).
+        """
+        c, n = self.index[item % len(self)]
         case = self.cases[c]
         assert case.label is not None
         raw, mean, std = stack_of(case, n, self.depth)
         label = np.asarray(case.label[n])
         masks = np.stack([region_mask(label, region) for region in self.regions])
-        boxes = self._boxes(case.label[self.box_slice[item]])
+        boxes = self._boxes(case.label[self.box_slice[item % len(self)]])
         if generator is not None:
             shape = self.shape(item)
             if self.prompts.jitter_px > 0:
@@ -230,10 +233,17 @@ def plan_batches(items: Sequence[int], shapes: Sequence[tuple[int, int]], batch_
 def epoch_order(n_items: int, seed: int, epoch: int, limit: int | None = None) -> list[int]:
     """The order of one epoch: a permutation drawn from (seed, epoch), cut to `limit` items.
 
+    Where `limit` is above `n_items`, more permutations follow; their items count on from `n_items`, so that a slice
+    that comes again is jittered and mirrored anew.
+
     Examples
     --------
     >>> epoch_order(5, seed=0, epoch=1) == epoch_order(5, seed=0, epoch=1), len(epoch_order(5, 0, 1, limit=3))
     (True, 3)
+    >>> sorted(epoch_order(2, seed=0, epoch=1, limit=6))
+    [0, 1, 2, 3, 4, 5]
     """
-    order = np.random.default_rng([seed, epoch]).permutation(n_items)
+    generator = np.random.default_rng([seed, epoch])
+    passes = 1 if limit is None else -(-limit // n_items)
+    order = np.concatenate([generator.permutation(n_items) + n * n_items for n in range(max(passes, 1))])
     return order[:limit].tolist()

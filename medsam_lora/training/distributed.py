@@ -123,6 +123,10 @@ def joined(device: str) -> Iterator[tuple[Group, str]]:
     )
     try:
         yield Group(dist.get_rank(), dist.get_world_size()), device
+    except MedsamLoraError as error:
+        # Said before the group is left: the others then fail for want of this process, and that must not come first.
+        _say(error)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -157,7 +161,7 @@ def launch(work: Callable[..., object], processes: int, arguments: dict[str, Any
             for process in context.processes:
                 process.join()
             raise
-        except multiprocessing.ProcessExitedException:
+        except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException):
             if failures.empty():
                 raise
             raise failures.get() from None
@@ -166,13 +170,24 @@ def launch(work: Callable[..., object], processes: int, arguments: dict[str, Any
 def _process(
     rank: int, processes: int, meeting: str, level: int, failures: Any, work: Callable[..., object], arguments: dict
 ) -> None:
+    global _failures
+    _failures = failures
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), _MEETING: meeting}
     logging.basicConfig(level=level if rank == 0 else logging.ERROR, format="%(message)s")
     try:
         work(**arguments)
     except MedsamLoraError as error:
-        failures.put(error)
+        _say(error)
         raise SystemExit(1) from None
+
+
+_failures: Any = None
+"""In a process that `launch` started: where its error goes."""
+
+
+def _say(error: MedsamLoraError) -> None:
+    if _failures is not None:
+        _failures.put(error)
 
 
 # How `launch` tells its processes where to meet; torchrun uses MASTER_ADDR and MASTER_PORT.

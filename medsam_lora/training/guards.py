@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from medsam_lora.models.allocator import release_freed_memory
+
+logger = logging.getLogger(__name__)
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+# Of proc(5): the peak of the resident set becomes what is resident now.
+_RESET_PEAK = "5"
+
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory of this process: of the GPU on CUDA, else the resident set."""
+    """Peak memory of this process since `reset_peak_memory`: of the GPU on CUDA, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if _STATUS.is_file():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start `peak_memory_mib` anew, as several runs in one process would else all show the peak of the largest so far.
+
+    Where the kernel does not let a process do so (other systems than Linux), the peak stays that of the process.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    release_freed_memory()
+    try:
+        _CLEAR.write_text(_RESET_PEAK)
+    except OSError:
+        logger.debug("the peak of memory cannot be reset here: it is that of the whole process")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from medsam_lora.datasets.scenes import make_scene
 from medsam_lora.datasets.shapes import make_sample
 from medsam_lora.models.sam import SamModel
 from medsam_lora.training.losses import hard_iou
-from medsam_lora.training.pretrain import normalised, points_in
+from medsam_lora.training.scene_batch import normalised, points_in
 
 HELD_OUT_SEED = 990_001
 """Of the shapes and scenes that scores are of; a recipe may not have it."""

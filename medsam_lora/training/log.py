@@ -27,6 +27,7 @@ LOG_COLUMNS = (
     "images_per_s",
     "peak_memory_mib",
     "duration_s",
+    "updates",
 )
 """Columns of ``log.csv``."""
 
@@ -60,4 +61,5 @@ def train_row(
     row["images_per_s"] = n * len(segmenter.modalities) / duration_s
     row["peak_memory_mib"] = peak_memory_mib(segmenter.device)
     row["duration_s"] = duration_s
+    row["updates"] = int(sums.get("updates", 0.0))
     return row

@@ -112,7 +112,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             segmenter.device.type, enabled=resolve_amp(options.amp, segmenter.device) == "fp16"
         )
-        n_items = min(len(dataset), options.slices_per_epoch or len(dataset))
+        n_items = options.slices_per_epoch or len(dataset)
         # Slices of several shapes make a few batches more than this; the schedule then reaches its end a little early.
         self.steps_per_epoch = math.ceil(math.ceil(n_items / options.batch_size) / options.accumulation)
 
@@ -157,6 +157,7 @@ class Trainer:
 
     def _run_epoch(self, interrupted: Callable[[], bool]) -> None:
         options, progress = self.options, self.progress
+        started = time.perf_counter()
         order = epoch_order(len(self.dataset), options.seed, progress.epoch, options.slices_per_epoch)
         batches = plan_batches(order, [self.dataset.shape(i) for i in order], options.batch_size)
         self.segmenter.train()
@@ -175,6 +176,7 @@ class Trainer:
             progress.position += len(group)
             # Only between updates, so that accumulated gradients need not be saved.
             if self.group.any(interrupted()):
+                self._add("seconds", time.perf_counter() - started)
                 self._save()
                 raise Interrupted(f"stopped in epoch {progress.epoch}; its state is saved in {self.state_path}")
 
@@ -243,7 +245,8 @@ class Trainer:
 
     # ---------------------------------------------------------------- log
     def _finish_epoch(self, epoch: int, started: float, on_epoch: Callable[[dict[str, Any]], None] | None) -> None:
-        duration = time.perf_counter() - started
+        # What an epoch took before it was interrupted belongs to it.
+        duration = time.perf_counter() - started + self.progress.sums.get("seconds", 0.0)
         row = train_row(epoch, self.progress.sums, self.optimiser, self.segmenter, duration) if epoch else {"epoch": 0}
         due = epoch % self.options.validate_every == 0 or epoch == self.options.epochs
         if self.validation and due:

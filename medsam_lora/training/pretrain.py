@@ -1,158 +1,29 @@
 """Pre-training a small SAM on synthetic promptable scenes that are not tumours.
 
 One image of a batch has several objects: the encoder, which costs most, runs once for all of their prompts, as in
-SAM's own training. Sample i of step s is a function of (seed, s, i), so a run that was stopped goes on as it would
-have.
+SAM's own training.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsam_lora.datasets.scenes import make_scene, shapes_scene
-from medsam_lora.datasets.shapes import box_of
 from medsam_lora.models.precision import autocast
 from medsam_lora.models.sam import SamModel
 from medsam_lora.sam_modules import ImageEncoderViT
 from medsam_lora.training.losses import dice_loss, hard_iou
+from medsam_lora.training.recipe import Recipe
+from medsam_lora.training.scene_batch import scene_batch
 
 POINTS_EVERY, NOTHING_EVERY = 3, 6
 """Steps between those that also ask by points, and by nothing at all."""
-
-MOST_POINTS = 3
-WARM_UP = 50
-
-Points = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Course:
-    """A part of the training: step by step the sizes take turns.
-
-    Parameters
-    ----------
-    steps : int
-    sizes : sequence of int
-        Sides of the pictures.
-    pictures : sequence of int
-        Per step, for each size.
-    shapes : float
-        Share of pictures that are of `datasets.shapes` instead of scenes.
-    restart : float
-        Where above 0, the learning rate warms up to this share of its peak and falls anew from here.
-    """
-
-    steps: int
-    sizes: Sequence[int]
-    pictures: Sequence[int]
-    shapes: float = 0.0
-    restart: float = 0.0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How long, on what sizes and at what rate.
-
-    Parameters
-    ----------
-    courses : sequence of Course
-        One after the other. Small pictures first: where to look is learned in a tenth of the time on a few tokens.
-    lr, weight_decay : float
-        Peak rate of AdamW (linear warm-up over 50 steps, then a half cosine to zero, once for all courses or anew
-        where one restarts it), and its decay.
-    seed : int
-    """
-
-    courses: Sequence[Course]
-    lr: float
-    weight_decay: float
-    seed: int
-
-    @property
-    def steps(self) -> int:
-        """Steps of all courses."""
-        return sum(course.steps for course in self.courses)
-
-    def pictures(self, step: int) -> tuple[int, int]:
-        """Side and number of the pictures of a step (from 1).
-
-        Examples
-        --------
-        >>> recipe = Recipe([Course(2, [64], [16]), Course(4, [128, 256], [16, 4])], 1e-3, 0.05, 0)
-        >>> [recipe.pictures(step) for step in range(1, 7)]
-        [(64, 16), (64, 16), (128, 16), (256, 4), (128, 16), (256, 4)]
-        """
-        course, left = self._course(step)
-        turn = left % len(course.sizes)
-        return course.sizes[turn], course.pictures[turn]
-
-    def shapes(self, step: int) -> float:
-        """Share of a step's pictures that are of `datasets.shapes`."""
-        return self._course(step)[0].shapes
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step.
-
-        Examples
-        --------
-        >>> recipe = Recipe([Course(100, [64], [8]), Course(200, [64], [8], restart=0.6)], 1.0, 0.0, 0)
-        >>> [round(recipe.rate(step), 3) for step in (25, 51, 100, 125, 201, 300)]
-        [0.5, 0.5, 0.0, 0.3, 0.3, 0.0]
-        """
-        first, last, peak = 0, 0, self.lr
-        for course in self.courses:
-            if course.restart:
-                if step <= last:
-                    break
-                first, peak = last, self.lr * course.restart
-            last += course.steps
-        done, whole = step - first, last - first
-        return peak * min(done / WARM_UP, 0.5 * (1 + math.cos(math.pi * (done - 1) / whole)))
-
-    def _course(self, step: int) -> tuple[Course, int]:
-        """The course of a step, and how many steps of it were before."""
-        left = step - 1
-        for course in self.courses:
-            if left < course.steps:
-                return course, left
-            left -= course.steps
-        raise ValueError(f"step {step} is behind the last, {self.steps}")
-
-
-@dataclass(frozen=True)
-class SceneBatch:
-    """A batch in the model frame.
-
-    Parameters
-    ----------
-    pixels : Tensor of float32, shape (B, 3, S, S)
-        Normalised as SAM's images are.
-    counts : list of B int
-        Objects of each image.
-    boxes : Tensor of float32, shape (N, 4)
-        XYXY, more or less exact.
-    points : tuple of Tensor, shapes (N, P, 2) and (N, P)
-        XY of pixel corners and labels (1: inside) of points in each object.
-    masks : Tensor of float32, shape (N, 1, S, S)
-    painted : Tensor of float32, shape (B, 1, S, S)
-    """
-
-    pixels: Tensor
-    counts: list[int]
-    boxes: Tensor
-    points: Points
-    masks: Tensor
-    painted: Tensor
 
 
 def train_step(
@@ -293,66 +164,6 @@ def _average_gradients(sam: SamModel, world: int) -> None:
     parameters = [p for p in sam.parameters() if p.requires_grad]
     for parameter, part in zip(parameters, (flat / world).split(sizes), strict=True):
         parameter.grad = part.view_as(parameter).clone()
-
-
-def scene_batch(seed: int, step: int, numbers: Sequence[int], size: int, shapes: float = 0.0) -> SceneBatch:
-    """The scenes of those numbers of one batch; each is a function of (seed, step, number).
-
-    Parameters
-    ----------
-    seed, step : int
-    numbers : sequence of int
-        Of the batch's pictures, the ones to draw.
-    size : int
-        Side of the pictures.
-    shapes : float
-        Share of pictures that are of `datasets.shapes`.
-    """
-    images, counts, boxes, points, masks, painted = [], [], [], [], [], []
-    n_points = 1 + int(np.random.default_rng([seed, step]).integers(MOST_POINTS))
-    for i in numbers:
-        generator = np.random.default_rng([seed, step, i])
-        scene = shapes_scene(generator, size) if shapes and generator.random() < shapes else make_scene(generator, size)
-        images.append(scene.image)
-        counts.append(len(scene.masks))
-        masks.append(scene.masks)
-        painted.append(scene.painted[None])
-        boxes += [shaken_box(generator, mask) for mask in scene.masks]
-        points += [points_in(generator, mask, n_points) for mask in scene.masks]
-    grey = torch.from_numpy(np.stack(images))[:, None]
-    places = torch.from_numpy(np.stack(points))
-    return SceneBatch(
-        normalised(grey),
-        counts,
-        torch.from_numpy(np.stack(boxes)),
-        (places, torch.ones(places.shape[:2], dtype=torch.int64)),
-        torch.from_numpy(np.concatenate(masks)[:, None]).float(),
-        torch.from_numpy(np.stack(painted)).float(),
-    )
-
-
-def normalised(grey: Tensor) -> Tensor:
-    """Grey 0 to 255, shape (B, 1, S, S), as SAM's three channels, shape (B, 3, S, S)."""
-    from medsam_lora.models.input_spec import PIXEL_MEAN, PIXEL_STD
-
-    return (grey - torch.tensor(PIXEL_MEAN).view(3, 1, 1)) / torch.tensor(PIXEL_STD).view(3, 1, 1)
-
-
-def shaken_box(generator: np.random.Generator, mask: np.ndarray, most: float = 0.1) -> np.ndarray:
-    """XYXY of a mask; for half of the draws each edge is moved by up to `most` of the side, inside the picture."""
-    i0, j0, i1, j1 = box_of(mask)
-    slack = generator.uniform(-most, most, 4) * [j1 - j0, i1 - i0, j1 - j0, i1 - i0]
-    if generator.random() < 0.5:
-        slack *= 0
-    height, width = mask.shape
-    return np.clip(np.array([j0, i0, j1, i1]) + slack, 0, [width, height, width, height]).astype(np.float32)
-
-
-def points_in(generator: np.random.Generator, mask: np.ndarray, count: int) -> np.ndarray:
-    """XY of `count` pixels of a mask, drawn with replacement, shape (count, 2)."""
-    rows, columns = np.nonzero(mask)
-    chosen = generator.integers(len(rows), size=count)
-    return np.stack([columns[chosen], rows[chosen]], axis=1).astype(np.float32)
 
 
 def pretrain(

@@ -184,6 +184,20 @@ def crop_window(plan: CropPlan, plane: tuple[int, int]) -> tuple[tuple[int, int]
     return (x0, y0), (x1, y1)
 
 
+def crop_size(plan: CropPlan) -> tuple[int, int] | None:
+    """Size (X, Y) of the crop where it is the same for every image, None where it is the whole plane of each.
+
+    Examples
+    --------
+    >>> crop_size(CropPlan(size=(138, 202))), crop_size(CropPlan("none"))
+    ((138, 202), None)
+    """
+    if plan.name == "none":
+        return None
+    (x0, y0), (x1, y1) = crop_window(plan, (0, 0))
+    return x1 - x0, y1 - y0
+
+
 def crop_plane(array: np.ndarray, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
     """The window of an array of shape (..., X, Y, Z); what lies outside the image is 0.
 

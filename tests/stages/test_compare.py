@@ -22,6 +22,7 @@ from medsam_lora.io.tables import PER_CASE_COLUMNS, PER_PATIENT_COLUMNS, STATIST
 from medsam_lora.stages.compare import compare
 
 GAIN = {"filled_box": -0.2, "zero_shot": 0.0, "lora": 0.1, "lora_r4": 0.1, "lora_r16": 0.15}
+TABLES = {"statistics.csv", "per_patient.csv", "runs.csv"}
 CASES = [f"p{i}-{time}" for i in range(6) for time in range(1 if i else 2)]
 
 
@@ -74,7 +75,7 @@ def test_everything_is_written(runs: list[Path], tmp_path: Path):
     out = tmp_path / "out"
     rows = compare([*runs[:2], runs[2] / "per_case.csv"], out)
     plots = {f"{stem}.{end}" for stem in ("paired_dice_WT", "bland_altman_WT", "curves") for end in ("svg", "png")}
-    assert names(out) == {"statistics.csv", "per_patient.csv", "comparison.md", "comparison.json", *plots}
+    assert names(out) == {*TABLES, "comparison.md", "comparison.json", *plots}
     assert [(r["family"], r["method"], r["baseline"]) for r in rows] == [
         ("methods", "lora", "zero_shot"), ("floor", "zero_shot", "filled_box"), ("floor", "lora", "filled_box")
     ]  # fmt: skip
@@ -148,11 +149,86 @@ def test_a_rank_sweep_is_drawn_from_the_settings_beside_the_tables(runs: list[Pa
         sweep.append(folder)
     compare([runs[0], *sweep, runs[2]], tmp_path / "out", bootstrap=50)
     text = (tmp_path / "out" / "rank_sweep.svg").read_text()
-    for label in (">4 k<", ">16 k<", ">zero-shot: mean<", ">filled box (floor): mean<", ">Whole tumour (WT)<"):
+    for label in (
+        ">4<",
+        ">16<",
+        ">parameters trained<",
+        ">zero-shot: mean<",
+        ">filled box (floor): mean<",
+        ">Whole tumour (WT)<",
+    ):
         assert label in text
     assert (tmp_path / "out" / "rank_sweep.png").is_file()
     page = (tmp_path / "out" / "comparison.md").read_text()
     assert "differ in more than the rank: train.lr" in page and "rank sweep is not drawn" not in page
+
+
+def run_of(folder: Path, gain: float, cost: float, **keys: Any) -> Path:
+    """A scored run with its settings and its record."""
+    rows = rows_of("lora")
+    for row in rows:
+        row["run"], row["dice"] = folder.name, row["dice"] + gain
+    method = {"name": "lora", "rank": keys.pop("rank", 4), "scaling": keys.pop("scaling", "none")}
+    write(folder, rows, {"method": method, "train": keys})
+    record = {"trainable_parameters": 100, "peak_memory_mib": cost, "train_seconds": cost / 10, "seconds_per_step": 0.5}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_seeds_are_taken_together_and_their_spread_is_not_that_of_the_cases(runs: list[Path], tmp_path: Path):
+    seeds = [run_of(tmp_path / f"r4,seed={n}", gain, 100 + n, seed=n) for n, gain in enumerate((0.0, 0.1))]
+    other = run_of(tmp_path / "r16,seed=0", 0.0, 300, seed=0, rank=16)
+    compare([runs[0], *seeds, other, runs[2]], tmp_path / "out", bootstrap=100, seed=2)
+    rows = {r["method"]: r for r in table(tmp_path / "out" / "runs.csv")}
+    one = rows["lora (r4,seed=1)"]
+    assert (one["seed"], one["trainable_parameters"], one["peak_memory_mib"]) == ("1", "100", "101")
+    assert (one["train_seconds"], one["seconds_per_step"], rows["zero_shot"]["seed"]) == ("10.1", "0.5", "")
+    (together,) = table(tmp_path / "out" / "seeds.csv")
+    assert (together["method"], together["n_seeds"], together["n_cases"]) == ("lora (r4)", "2", "7")
+    means = [float(rows[f"lora (r4,seed={n})"]["dice_mean"]) for n in (0, 1)]
+    assert float(together["dice_mean"]) == pytest.approx(sum(means) / 2)
+    # Two means 0.1 apart: a sample standard deviation of 0.1 / sqrt(2).
+    assert float(together["seed_sd"]) == pytest.approx(0.1 / 2**0.5)
+    assert (float(together["seed_low"]), float(together["seed_high"])) == (
+        pytest.approx(means[0]),
+        pytest.approx(means[1]),
+    )
+    # Of two seeds that lie the same distance apart in every case, the interval over patients is that of one of them.
+    width = float(one["dice_high"]) - float(one["dice_low"])
+    assert float(together["dice_high"]) - float(together["dice_low"]) == pytest.approx(width)
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert "## What the runs cost" in page and "## Seeds" in page
+    assert {"costs.svg", "rank_sweep.svg", "seeds.csv"} <= names(tmp_path / "out")
+
+
+def test_runs_of_one_rank_that_differ_are_two_curves(runs: list[Path], tmp_path: Path):
+    sweep = [
+        run_of(tmp_path / f"r{rank}{scaling[0]}", 0.0, 100, rank=rank, scaling=scaling)
+        for rank in (4, 16)
+        for scaling in ("none", "alpha/r")
+    ]
+    compare([runs[0], *sweep], tmp_path / "out", bootstrap=50)
+    text = (tmp_path / "out" / "rank_sweep.svg").read_text()
+    for scaling in ("none", "alpha/r"):
+        assert f">LoRA, scaling {scaling}: mean, 95 % interval<" in text
+    assert "differ in more than" not in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_another_setting_can_be_the_axis(runs: list[Path], tmp_path: Path):
+    sweep = [run_of(tmp_path / s.replace("/", "-"), 0.0, 100, scaling=s) for s in ("none", "alpha/r", "alpha/sqrt(r)")]
+    compare([runs[0], *sweep, runs[2]], tmp_path / "out", bootstrap=50, by="method.scaling")
+    text = (tmp_path / "out" / "sweep.svg").read_text()
+    for label in (">alpha/sqrt(r)<", ">scaling<", ">zero-shot: mean<", ">filled box (floor): mean<"):
+        assert label in text
+    with pytest.raises(ConfigError, match=r"unknown key method\.scalings; did you mean method\.scaling\?"):
+        compare([runs[0], *sweep], tmp_path / "other", by="method.scalings")
+
+
+def test_of_many_methods_the_cases_are_not_drawn(tmp_path: Path):
+    many = [run_of(tmp_path / f"r{rank}", rank / 1000, 100 + rank, rank=rank) for rank in range(1, 19)]
+    compare(many, tmp_path / "out", bootstrap=20)
+    assert "more than 16 methods are not drawn" in (tmp_path / "out" / "comparison.md").read_text()
+    assert {n for n in names(tmp_path / "out") if n.endswith("png")} == {"rank_sweep.png", "costs.png"}
 
 
 @pytest.mark.parametrize("broken", ["log.csv", "config.yaml", "run.json"])

@@ -21,7 +21,7 @@ from medsam_lora.stages.prepare import prepare
 from medsam_lora.stages.train import train
 from medsam_lora.training.held_out import HELD_OUT_SEED, scene_iou, shape_iou
 from medsam_lora.training.losses import hard_iou
-from medsam_lora.training.pretrain import normalised
+from medsam_lora.training.scene_batch import normalised
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SETTINGS = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsam_lora.analysis.curves import RankPanel, RankPoint, rank_curve, training_curves
+from medsam_lora.analysis.curves import training_curves
 from medsam_lora.analysis.figures import DPI, FLOOR_COLOUR, figure_png, figure_svg
 from medsam_lora.analysis.plots import bland_altman_plot, paired_plot
 
@@ -146,24 +146,3 @@ def test_curves_show_folds_and_their_mean_where_every_fold_was_trained():
 def test_no_curves_of_what_was_not_trained():
     assert training_curves({}) is None
     assert training_curves({"zero-shot": log("", [], [])}) is None
-
-
-def test_the_rank_curve_by_hand():
-    points = [
-        RankPoint(16, [0.8, 0.9], ["a", "b"], 2_000_000),
-        RankPoint(2, [0.6, 0.7], ["a", "b"], 50_000),
-        RankPoint(4, [0.7, 0.7], ["a", "b"]),
-    ]
-    panel = RankPanel("Whole tumour", {"LoRA": points}, {"zero-shot": 0.5, "filled box": 0.4})
-    figure = rank_curve([panel], title="Dice by rank", floor="filled box")
-    axes = figure.axes[0]
-    assert (axes.get_xscale(), axes.xaxis.get_transform().base) == ("log", 2)
-    curve = axes.containers[0].lines[0]
-    assert curve.get_xydata().tolist() == [[2, pytest.approx(0.65)], [4, pytest.approx(0.7)], [16, pytest.approx(0.85)]]
-    # Two patients: the bootstrap reaches from one to the other.
-    spans = [path.vertices[:, 1].tolist() for path in axes.containers[0].lines[2][0].get_paths()]
-    assert spans[0] == pytest.approx([0.6, 0.7]) and spans[2] == pytest.approx([0.8, 0.9])
-    assert [line.get_ydata()[0] for line in axes.get_lines() if len(set(line.get_ydata())) == 1][-2:] == [0.5, 0.4]
-    found = texts(figure)
-    assert {"2", "50 k", "16", "2 M", "zero-shot: mean", "LoRA: mean, 95 % interval"} <= set(found)
-    assert "rank; below it, parameters trained" in found

@@ -7,11 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from medsam_lora.config import MethodConfig
+from medsam_lora.models import footprint
 from medsam_lora.models.footprint import MIB, SavedBytes, StepOptions, count, dry, total
 from medsam_lora.models.sam import build
 from medsam_lora.peft import attach
 
 LORA = MethodConfig(name="lora")
+
+
+@pytest.fixture(autouse=True)
+def large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted here does not depend on the size of the pieces; the time it takes does, ten times."""
+    monkeypatch.setattr(footprint, "_FAKE_PIECE", 32 * footprint.MIB)
 
 
 def test_a_linear_layer_by_hand() -> None:

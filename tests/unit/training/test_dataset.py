@@ -80,3 +80,13 @@ def test_batches_hold_one_shape_each_and_every_item() -> None:
     shapes = [(2, 2), (3, 3), (2, 2), (2, 2), (3, 3)]
     batches = plan_batches([10, 11, 12, 13, 14], shapes, 2)
     assert batches == [[10, 12], [11, 14], [13]]
+
+
+def test_more_draws_than_slices_are_the_slices_again_jittered_anew(training_cases: list[PreparedSlices]) -> None:
+    order = epoch_order(6, 3, 1, limit=15)
+    assert order[:6] == epoch_order(6, 3, 1) and len(set(order)) == 15
+    assert [sorted(item % 6 for item in order[first : first + 6]) for first in (0, 6)] == [list(range(6))] * 2
+    dataset = SliceDataset(training_cases, ["WT"], PromptOptions(jitter_px=8), 64)
+    first, again = dataset.batch([2], (7, 1)), dataset.batch([8], (7, 1))
+    assert torch.equal(first.z, again.z) and dataset.shape(8) == dataset.shape(2)
+    assert not np.array_equal(first.boxes[0], again.boxes[0])
