@@ -41,6 +41,7 @@ class CourseSection(Section):
     sizes: list[int] = Field(min_length=1, description="Sides of the pictures, multiples of 16.")
     pictures: list[int] = Field(min_length=1, description="Pictures per step, one number for each size.")
     shapes: float = Field(0.0, ge=0, le=1, description="Share of pictures of datasets.shapes instead of scenes.")
+    shaken: float = Field(0.5, ge=0, le=1, description="Share of boxes whose edges are moved.")
     restart: float = Field(
         0.0, ge=0, le=1, description="Where above 0, the learning rate rises to this share of lr and falls anew."
     )

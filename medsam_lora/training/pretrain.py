@@ -49,7 +49,8 @@ def train_step(
     device = sam.pixel_mean.device
     size, n_images = recipe.pictures(step)
     rank, world = _place()
-    batch = scene_batch(recipe.seed, step, range(rank, n_images, world), size, recipe.shapes(step))
+    course = recipe.course(step)
+    batch = scene_batch(recipe.seed, step, range(rank, n_images, world), size, course.shapes, course.shaken)
     masks, painted = (F.avg_pool2d(part.to(device), sam.patch // 4) for part in (batch.masks, batch.painted))
     near = _near(masks)
     for group in optimiser.param_groups:

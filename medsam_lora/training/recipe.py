@@ -23,6 +23,8 @@ class Course:
         Per step, for each size.
     shapes : float
         Share of pictures that are of `datasets.shapes` instead of scenes.
+    shaken : float
+        Share of boxes whose edges are moved.
     restart : float
         Where above 0, the learning rate warms up to this share of its peak and falls anew from here.
     """
@@ -31,6 +33,7 @@ class Course:
     sizes: Sequence[int]
     pictures: Sequence[int]
     shapes: float = 0.0
+    shaken: float = 0.5
     restart: float = 0.0
 
 
@@ -71,9 +74,9 @@ class Recipe:
         turn = left % len(course.sizes)
         return course.sizes[turn], course.pictures[turn]
 
-    def shapes(self, step: int) -> float:
-        """Share of a step's pictures that are of `datasets.shapes`."""
-        return self._course(step)[0].shapes
+    def course(self, step: int) -> Course:
+        """The course of a step (from 1)."""
+        return self._course(step)[0]
 
     def rate(self, step: int) -> float:
         """Learning rate of a step.

@@ -47,7 +47,9 @@ class SceneBatch:
     painted: Tensor
 
 
-def scene_batch(seed: int, step: int, numbers: Sequence[int], size: int, shapes: float = 0.0) -> SceneBatch:
+def scene_batch(
+    seed: int, step: int, numbers: Sequence[int], size: int, shapes: float = 0.0, shaken: float = 0.5
+) -> SceneBatch:
     """The scenes of those numbers of one batch; each is a function of (seed, step, number).
 
     Parameters
@@ -59,6 +61,8 @@ def scene_batch(seed: int, step: int, numbers: Sequence[int], size: int, shapes:
         Side of the pictures.
     shapes : float
         Share of pictures that are of `datasets.shapes`.
+    shaken : float
+        Share of boxes whose edges are moved.
     """
     images, counts, boxes, points, masks, painted = [], [], [], [], [], []
     n_points = 1 + int(np.random.default_rng([seed, step]).integers(MOST_POINTS))
@@ -69,7 +73,7 @@ def scene_batch(seed: int, step: int, numbers: Sequence[int], size: int, shapes:
         counts.append(len(scene.masks))
         masks.append(scene.masks)
         painted.append(scene.painted[None])
-        boxes += [shaken_box(generator, mask) for mask in scene.masks]
+        boxes += [shaken_box(generator, mask, shaken) for mask in scene.masks]
         points += [points_in(generator, mask, n_points) for mask in scene.masks]
     grey = torch.from_numpy(np.stack(images))[:, None]
     places = torch.from_numpy(np.stack(points))
@@ -88,11 +92,13 @@ def normalised(grey: Tensor) -> Tensor:
     return (grey - torch.tensor(PIXEL_MEAN).view(3, 1, 1)) / torch.tensor(PIXEL_STD).view(3, 1, 1)
 
 
-def shaken_box(generator: np.random.Generator, mask: np.ndarray, most: float = 0.1) -> np.ndarray:
-    """XYXY of a mask; for half of the draws each edge is moved by up to `most` of the side, inside the picture."""
+def shaken_box(
+    generator: np.random.Generator, mask: np.ndarray, share: float = 0.5, most: float = 0.1
+) -> np.ndarray:
+    """XYXY of a mask; for a share of the draws each edge is moved by up to `most` of the side, inside the picture."""
     i0, j0, i1, j1 = box_of(mask)
     slack = generator.uniform(-most, most, 4) * [j1 - j0, i1 - i0, j1 - j0, i1 - i0]
-    if generator.random() < 0.5:
+    if generator.random() >= share:
         slack *= 0
     height, width = mask.shape
     return np.clip(np.array([j0, i0, j1, i1]) + slack, 0, [width, height, width, height]).astype(np.float32)
