@@ -32,7 +32,7 @@ def until(encoder: nn.Module, pixels: Tensor, point: str) -> Tensor:
     Returns
     -------
     Tensor
-        Shape (B, h', w', C) for ``block k`` and ``trunk``, (B, D, h/16, w/16) for ``embedding``.
+        Shape (B, h', w', C) for ``block k`` and ``trunk``, (B, D, h/P, w/P) for ``embedding``.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def until(encoder: nn.Module, pixels: Tensor, point: str) -> Tensor:
 
 
 def onward(encoder: nn.Module, activation: Tensor, point: str) -> Tensor:
-    """The embedding (B, D, h/16, w/16) from what `until` gave.
+    """The embedding (B, D, h/P, w/P) from what `until` gave.
 
     Raises
     ------

@@ -26,7 +26,7 @@ class EncoderGraph(nn.Module):
         self.depth = segmenter.adaptation.report.depth
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(depth, 3, h, w) normalised pixels to (1, D, h/16, w/16), of the middle slice of the stack."""
+        """(depth, 3, h, w) normalised pixels to (1, D, h/P, w/P), of the middle slice of the stack."""
         middle = self.depth // 2
         embedding: Tensor = self.encoder(pixels)
         return embedding[middle : middle + 1]
@@ -45,7 +45,7 @@ class DecoderGraph(nn.Module):
         self.sam = sam
 
     def forward(self, embedding: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, D, h/16, w/16) and (N, 4) XYXY in model pixels to (N, 4, h/4, w/4) and (N, 4)."""
+        """(1, D, g, g') and (N, 4) XYXY in model pixels to (N, 4, 4 g, 4 g') and (N, 4)."""
         return self.sam.decode(embedding, boxes, [boxes.shape[0]])
 
 

@@ -124,7 +124,7 @@ class GridBlock(nn.Module):
 
 
 class GridEncoder(ImageEncoderViT):
-    """SAM's image encoder, (B, 3, h, w) normalised pixels to (B, D, h/16, w/16); h and w up to the trained size.
+    """SAM's image encoder, (B, 3, h, w) normalised pixels to (B, D, h/P, w/P); h and w up to the trained size.
 
     Parameters
     ----------

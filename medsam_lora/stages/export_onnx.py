@@ -184,7 +184,7 @@ def _as_one_error(adapter: Path, method: str) -> Iterator[None]:
 
 
 def _signature(pixels: Tensor, embedding: Tensor) -> dict[str, Any]:
-    h, w = pixels.shape[-2:]
+    h, w = embedding.shape[-2:]
     return {
         "encoder": {
             "file": FILES[0],
@@ -198,7 +198,7 @@ def _signature(pixels: Tensor, embedding: Tensor) -> dict[str, Any]:
                 "boxes": {"dtype": "float32", "shape": ["N", 4], "is": "any number of boxes of this image"},
             },
             "outputs": {
-                "logits": {"dtype": "float32", "shape": ["N", N_TOKENS, h // 4, w // 4]},
+                "logits": {"dtype": "float32", "shape": ["N", N_TOKENS, 4 * h, 4 * w]},
                 "iou": {"dtype": "float32", "shape": ["N", N_TOKENS], "is": "the decoder's estimate of each IoU"},
             },
         },

@@ -18,8 +18,8 @@ RECIPE = Recipe([Course(6, [32, 64], [3, 2])], 1e-3, 0.0, 3)
 
 
 def test_another_size_is_what_a_model_of_that_size_would_compute() -> None:
-    native = build("vit_nano", "random", 64, seed=2, attention="reference")
-    smaller = build("vit_nano", "random", 64, seed=2, attention="reference")
+    native = build("vit_nano", "random", 64, seed=2)
+    smaller = build("vit_nano", "random", 64, seed=2)
     from medsam_lora.models.sam import fit_positions
 
     fit_positions(smaller, 32)
