@@ -88,7 +88,7 @@ MODELS: Final[Mapping[str, ModelSpec]] = {
         3_846_912,
         "vit_nano.safetensors",
         None,
-        "d567436b89ee3cac9ef6fd116936d4966a7fd33d2705e9849f9a0685e8a4294f",
+        "0fc6c30f7bd724cc9d212a4430a5ebdbca84b011d359cf528cdd41b5a93a0dab",
         "vit_nano is for demonstration and tests, not for patients",
     ),
 }

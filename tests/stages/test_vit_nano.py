@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from medsam_lora.training.scene_batch import normalised
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SETTINGS = {
-    "model": {"name": "vit_nano", "image_size": 128},
+    "model": {"name": "vit_nano", "image_size": 64},
     "prompt": {"jitter_px": 1.0},
     "train": {
         "epochs": 4,
@@ -106,6 +107,12 @@ class Cohort:
         self.store, outcome = prepare(self.manifest, self.root, folder / "prepared", config())
         assert not outcome.failed
 
+    def dice(self, run: Path, **sections: dict) -> list[float]:
+        """Mean Dice of the validation cases before training and after each epoch."""
+        train(self.manifest, self.store, run, config(**sections), device="cpu")
+        with (run / "log.csv").open(newline="") as handle:
+            return [float(row["val_dice"]) for row in csv.DictReader(handle)]
+
 
 def config(**sections: dict) -> Config:
     return build_config({k: {**SETTINGS.get(k, {}), **sections.get(k, {})} for k in {*SETTINGS, *sections}})
@@ -114,6 +121,20 @@ def config(**sections: dict) -> Config:
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
     return Cohort(tmp_path_factory.mktemp("nano"))
+
+
+def test_lora_lifts_dice(cohort: Cohort, tmp_path: Path) -> None:
+    found = cohort.dice(tmp_path / "lora", method={"name": "lora", "rank": 8})
+    assert found[0] > 0.6
+    assert found[-1] > found[0] + 0.02
+
+
+def test_the_wrong_input_range_lowers_dice(cohort: Cohort, tmp_path: Path) -> None:
+    right, wrong = (
+        cohort.dice(tmp_path / name, train={"epochs": 1, "slices_per_epoch": 2}, model={"input_range": name})[0]
+        for name in ("window", "zscore")
+    )
+    assert right > wrong + 0.02
 
 
 def test_it_says_what_it_is_for(cohort: Cohort, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
