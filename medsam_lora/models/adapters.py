@@ -144,7 +144,7 @@ class AdapterBank:
             yield
 
     def _checked(self, metadata: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-        check_base(metadata, self.sam.name, self.sam.base_sha256, self.sam.image_size, path)
+        check_base(metadata, self.sam.name, self.sam.base_sha256, self.sam.image_size, path, self.sam.grid)
         modalities = tuple(metadata["modalities"])
         if self.modalities is not None and modalities != self.modalities:
             raise AdapterError(

@@ -187,7 +187,7 @@ def total(model: SamModel, pixels: Tensor, boxes: Tensor, amp: str = "none") -> 
     amp : str
         ``none``, ``bf16`` or ``fp16``.
     """
-    with torch.autocast(pixels.device.type, AMP_DTYPES.get(amp, torch.bfloat16), enabled=amp != "none"):
+    with torch.autocast(pixels.device.type, AMP_DTYPES.get(amp, torch.bfloat16), enabled=amp not in ("none", "tf32")):
         logits, iou = model(pixels, boxes)
     return logits.float().mean() + iou.float().mean()
 

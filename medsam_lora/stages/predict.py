@@ -225,7 +225,15 @@ def predict_case(task: Task, record: CaseRecord, given: Sequence[SliceBox] | Non
     DataError
         Where the case or its boxes cannot be used.
     """
-    case = read_case(record, task.root, task.segmenter.modalities, max_bytes=task.max_bytes, allow_missing=True)
+    # What preparation did with voxels that are no numbers is done here too.
+    case = read_case(
+        record,
+        task.root,
+        task.segmenter.modalities,
+        max_bytes=task.max_bytes,
+        nonfinite=task.plan.nonfinite,
+        allow_missing=True,
+    )
     if len(case.modalities) < len(task.segmenter.modalities):
         absent = sorted(set(task.segmenter.modalities) - set(case.modalities))
         logger.warning("case %s: predicted without %s", record.case_id, ", ".join(absent))

@@ -141,7 +141,8 @@ class Trainer:
         with deterministic(), float32_products(device, self.options.amp), graceful_interrupt() as interrupted:
             if self.progress.epoch == 1 and self.progress.position == 0 and not self.progress.rows:
                 self._finish_epoch(0, time.perf_counter(), on_epoch)
-            while self.progress.epoch <= self.options.epochs:
+            # A run that had stopped early and is taken up again has nothing left to do.
+            while self.progress.epoch <= self.options.epochs and not self.stopping.exhausted(self.progress.epoch - 1):
                 started = time.perf_counter()
                 self._run_epoch(interrupted)
                 self._finish_epoch(self.progress.epoch, started, on_epoch)

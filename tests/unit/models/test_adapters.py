@@ -141,6 +141,14 @@ def test_another_model_modalities_and_rank_are_refused_with_both_hashes(files: l
     assert torch.equal(of_base(sam), base) and bank.names == []
 
 
+def test_an_adapter_of_the_other_grid_is_refused(tmp_path: Path) -> None:
+    bank = AdapterBank(build("vit_nano", "random", 64))
+    path = write(tmp_path / "a.safetensors", METHODS[0], model(grid="unpadded"))
+    with pytest.raises(AdapterError, match="unpadded"):
+        bank.attach(path)
+    assert bank.names == []
+
+
 def test_an_adaptation_of_another_model_cannot_be_swapped_in(files: list[Path]) -> None:
     one, other = load_segmenter(files[0])[0], load_segmenter(files[1])[0]
     with pytest.raises(AdapterError, match="made for another model"):

@@ -140,6 +140,10 @@ def test_patience_stops_early(
     run = trainer(tmp_path / "s.pt", training_cases, training_cases[:1], epochs=10, patience=2, select="best")
     monkeypatch.setattr(run, "_validate", lambda case: CaseScore(0.5, 1.0))
     assert [row["epoch"] for row in run.fit()] == [0, 1, 2]
+    again = trainer(tmp_path / "s.pt", training_cases, training_cases[:1], epochs=10, patience=2, select="best")
+    monkeypatch.setattr(again, "_validate", lambda case: CaseScore(0.5, 1.0))
+    again.resume()
+    assert [row["epoch"] for row in again.fit()] == [0, 1, 2]
 
 
 def test_accumulated_gradients_equal_those_of_the_whole_batch(
