@@ -88,7 +88,7 @@ MODELS: Final[Mapping[str, ModelSpec]] = {
         3_846_912,
         "vit_nano.safetensors",
         None,
-        "0fc6c30f7bd724cc9d212a4430a5ebdbca84b011d359cf528cdd41b5a93a0dab",
+        "753ad46e70344e15f214f23d89742a1f380d802e65097f90260ed0cd22b82977",
         "vit_nano is for demonstration and tests, not for patients",
     ),
 }

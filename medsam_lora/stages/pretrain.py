@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save
+from torch import Tensor
 
 from medsam_lora.config import apply_overrides, load_yaml
 from medsam_lora.errors import ConfigError
@@ -126,7 +127,7 @@ def _train(folder: Path, section: PretrainSection, device: str, resume: bool) ->
     courses = [Course(**course.model_dump()) for course in section.courses]
     recipe = Recipe(courses, section.lr, section.weight_decay, section.seed)
     optimiser = new_optimiser(sam, recipe)
-    run = _Run(folder, section, sam, optimiser, recipe.steps if leader else None)
+    run = _Run(folder, section, sam, optimiser, recipe if leader else None)
     first = run.resume() if resume else 1
     pretrain(sam, optimiser, recipe, first, "auto", run.note)
     if leader:
@@ -137,13 +138,14 @@ class _Run:
     """What is kept of a run while it goes on: its curve and its state."""
 
     def __init__(
-        self, folder: Path, section: PretrainSection, sam: SamModel, optimiser: torch.optim.Optimizer, steps: int | None
+        self, folder: Path, section: PretrainSection, sam: SamModel, optimiser: torch.optim.Optimizer, recipe: Recipe | None
     ) -> None:
         self.folder = folder
         self.section = section
         self.sam = sam
         self.optimiser = optimiser
-        self.steps = steps
+        self.recipe = recipe
+        self.ends: list[dict[str, Tensor]] = []
         self.rows: list[dict[str, Any]] = []
         self.recent: list[tuple[float, float]] = []
         # Of this process; the others of a run take as much again.
@@ -162,16 +164,18 @@ class _Run:
             return 1
         self.sam.load_state_dict(state["sam"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.rows, self.before = state["rows"], state["spent"]
+        self.rows, self.before, self.ends = state["rows"], state["spent"], state["ends"]
         logger.info("going on behind step %d", state["step"])
         return int(state["step"]) + 1
 
     def note(self, step: int, loss: float, iou: float) -> None:
         """Called after each step."""
-        if self.steps is None:
+        if self.recipe is None:
             return
         self.recent.append((loss, iou))
-        if step % self.section.validate_every and step != self.steps:
+        if step in self.recipe.ends[-self.section.averaged :]:
+            self.ends.append({name: tensor.detach().cpu().clone() for name, tensor in self.sam.state_dict().items()})
+        if step % self.section.validate_every and step not in self.recipe.ends:
             return
         mean = [sum(values) / len(values) for values in zip(*self.recent, strict=True)]
         self.recent.clear()
@@ -182,7 +186,7 @@ class _Run:
         self.rows.append(row | {"held_out_iou": held_out} | spent)
         logger.info(
             "step %d of %d: loss %.3f, IoU %.3f, of held-out shapes %.3f, %.0f s",
-            *(step, self.steps, *mean, held_out, spent["duration_s"]),
+            *(step, self.recipe.steps, *mean, held_out, spent["duration_s"]),
         )
         write_table(self.folder / CURVE_FILE, CURVE_COLUMNS, self.rows)
         (self.folder / STATE_FILE).parent.mkdir(exist_ok=True)
@@ -194,6 +198,7 @@ class _Run:
                 "sam": self.sam.state_dict(),
                 "optimiser": self.optimiser.state_dict(),
                 "rows": self.rows,
+                "ends": self.ends,
                 "spent": spent,
             },
         )
@@ -206,6 +211,8 @@ class _Run:
     def finish(self) -> None:
         """Write the weights, what they reach as they are stored, and the curve."""
         path = self.folder / WEIGHTS_FILE
+        # The mean of two minima that one rate led to is better than either (Izmailov et al. 2018, SWA).
+        self.sam.load_state_dict({name: torch.stack([end[name] for end in self.ends]).mean(dim=0) for name in self.ends[0]})
         write_weights(path, self.sam)
         stored = build("vit_nano", str(path), self.section.image_size).to(self.sam.pixel_mean.device)
         scores: dict[str, float] = scene_iou(stored, _SCENES_AT_END)

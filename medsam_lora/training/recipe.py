@@ -78,6 +78,18 @@ class Recipe:
         """The course of a step (from 1)."""
         return self._course(step)[0]
 
+    @property
+    def ends(self) -> list[int]:
+        """Steps at which the rate has fallen to zero: the last before each restart, and the last of all.
+
+        Examples
+        --------
+        >>> Recipe([Course(2, [64], [8]), Course(3, [64], [8]), Course(4, [64], [8], restart=0.6)], 1.0, 0.0, 0).ends
+        [5, 9]
+        """
+        before = [sum(c.steps for c in self.courses[:i]) for i, course in enumerate(self.courses) if i and course.restart]
+        return [*before, self.steps]
+
     def rate(self, step: int) -> float:
         """Learning rate of a step.
 

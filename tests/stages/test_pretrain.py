@@ -93,6 +93,33 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: 
     assert [line.split(",")[0] for line in steps] == ["step", "2", "4", "6"]
 
 
+def test_the_ends_of_the_rate_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = {"steps": 3, "sizes": [32], "pictures": [2]}
+    both = [first, {"steps": 2, "sizes": [64], "pictures": [2], "restart": 0.5}]
+    alone = load_state(pretrain_nano(tmp_path / "alone", tiny(courses=[first]), "cpu"))
+    last = load_state(pretrain_nano(tmp_path / "last", tiny(courses=both), "cpu"))
+    averaged = pretrain_nano(tmp_path / "averaged", tiny(courses=both, averaged=2), "cpu")
+    mean = load_state(averaged)
+    name = "image_encoder.patch_embed.proj.weight"
+    assert not torch.equal(alone[name], last[name])
+    for name, tensor in mean.items():
+        assert torch.allclose(tensor.float(), (alone[name].float() + last[name].float()) / 2, atol=2e-3)
+    # The first end is kept over a stop behind it.
+    real = stage._Run.note
+
+    def stop_after_four(self: stage._Run, step: int, loss: float, iou: float) -> None:
+        real(self, step, loss, iou)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    section = tiny(courses=both, averaged=2, validate_every=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage._Run, "note", stop_after_four)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain_nano(tmp_path / "parts", section, "cpu")
+    assert sha256_of(pretrain_nano(tmp_path / "parts", section, "cpu")) == sha256_of(averaged)
+
+
 def test_two_processes_share_each_batch(tmp_path: Path) -> None:
     # Two pictures a step with two processes: each has one; the mean of gradients is not bit-equal to one batch's.
     section = tiny(processes=2, courses=[{"steps": 2, "sizes": [32], "pictures": [2]}])
