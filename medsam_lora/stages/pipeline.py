@@ -65,7 +65,7 @@ class PretrainSection(Section):
     weight_decay: float = Field(0.05, ge=0, description="Of AdamW.")
     image_size: int = Field(256, ge=32, description="The model's own size, at which it is scored.")
     averaged: int = Field(
-        1, ge=1, description="The weights are the mean over this many last ends of the rate: before a restart, and the last."
+        1, ge=1, description="Weights are the mean over so many last ends of the rate (before a restart; the last)."
     )
     processes: int = Field(1, ge=1, description="Processes that share each batch and average their gradients.")
     validate_every: int = Field(200, ge=1, description="Steps between held-out shapes and saved states.")

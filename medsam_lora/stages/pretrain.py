@@ -138,7 +138,12 @@ class _Run:
     """What is kept of a run while it goes on: its curve and its state."""
 
     def __init__(
-        self, folder: Path, section: PretrainSection, sam: SamModel, optimiser: torch.optim.Optimizer, recipe: Recipe | None
+        self,
+        folder: Path,
+        section: PretrainSection,
+        sam: SamModel,
+        optimiser: torch.optim.Optimizer,
+        recipe: Recipe | None,
     ) -> None:
         self.folder = folder
         self.section = section
@@ -212,7 +217,8 @@ class _Run:
         """Write the weights, what they reach as they are stored, and the curve."""
         path = self.folder / WEIGHTS_FILE
         # The mean of two minima that one rate led to is better than either (Izmailov et al. 2018, SWA).
-        self.sam.load_state_dict({name: torch.stack([end[name] for end in self.ends]).mean(dim=0) for name in self.ends[0]})
+        mean = {name: torch.stack([end[name] for end in self.ends]).mean(dim=0) for name in self.ends[0]}
+        self.sam.load_state_dict(mean)
         write_weights(path, self.sam)
         stored = build("vit_nano", str(path), self.section.image_size).to(self.sam.pixel_mean.device)
         scores: dict[str, float] = scene_iou(stored, _SCENES_AT_END)

@@ -174,6 +174,8 @@ def _process(
     _failures = failures
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), _MEETING: meeting}
     logging.basicConfig(level=level if rank == 0 else logging.ERROR, format="%(message)s")
+    # Each with all the threads of the machine, they would wait for each other's cores.
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     try:
         work(**arguments)
     except MedsamLoraError as error:

@@ -87,8 +87,12 @@ class Recipe:
         >>> Recipe([Course(2, [64], [8]), Course(3, [64], [8]), Course(4, [64], [8], restart=0.6)], 1.0, 0.0, 0).ends
         [5, 9]
         """
-        before = [sum(c.steps for c in self.courses[:i]) for i, course in enumerate(self.courses) if i and course.restart]
-        return [*before, self.steps]
+        found, steps = [], 0
+        for course in self.courses:
+            if course.restart and steps:
+                found.append(steps)
+            steps += course.steps
+        return [*found, steps]
 
     def rate(self, step: int) -> float:
         """Learning rate of a step.

@@ -92,9 +92,7 @@ def normalised(grey: Tensor) -> Tensor:
     return (grey - torch.tensor(PIXEL_MEAN).view(3, 1, 1)) / torch.tensor(PIXEL_STD).view(3, 1, 1)
 
 
-def shaken_box(
-    generator: np.random.Generator, mask: np.ndarray, share: float = 0.5, most: float = 0.1
-) -> np.ndarray:
+def shaken_box(generator: np.random.Generator, mask: np.ndarray, share: float = 0.5, most: float = 0.1) -> np.ndarray:
     """XYXY of a mask; for a share of the draws each edge is moved by up to `most` of the side, inside the picture."""
     i0, j0, i1, j1 = box_of(mask)
     slack = generator.uniform(-most, most, 4) * [j1 - j0, i1 - i0, j1 - j0, i1 - i0]
