@@ -116,7 +116,7 @@ def test_a_method_that_changes_the_encoder_caches_nothing(tmp_path: Path, method
 
 def test_the_room_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, z = segmenter(), slices()
-    one = 4 * 128 * 4 * 4 * 4  # modalities, channels, grid, bytes
+    one = 4 * 128 * 8 * 8 * 4  # modalities, channels, grid, bytes
     assert not model.use_cache(tmp_path, 0, "none")
     model.use_cache(tmp_path, int(1.5 * one) + 200, "none")
     model(z, BOXES)
