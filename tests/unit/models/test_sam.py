@@ -14,7 +14,7 @@ from medsam_lora.models.sam import ARCHITECTURES, SamModel, build, fit_positions
 from medsam_lora.models.tiny_vit import DROPPED_KEYS, TinyViT
 from medsam_lora.models.weights import load_state, locate, sha256_of_state
 
-SIZE = 64  # of vit_nano here: a 4 x 4 grid
+SIZE = 64  # of vit_nano here: an 8 x 8 grid
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_images_keep_their_own_boxes(nano: SamModel) -> None:
     pixels, prompts = noise(3, 3, SIZE, SIZE), boxes(3)
     with torch.no_grad():
         logits, iou = nano(pixels, prompts, [2, 0, 1])
-        assert logits.shape == (3, 4, 16, 16)
+        assert logits.shape == (3, 4, 32, 32)
         for row, image in enumerate([0, 0, 2]):
             alone, own_iou = nano(pixels[image : image + 1], prompts[row : row + 1])
             torch.testing.assert_close(logits[row], alone[0], rtol=1e-4, atol=1e-5)
@@ -65,7 +65,7 @@ def test_no_prompt_is_not_a_box(nano: SamModel) -> None:
     pixels = noise(2, 3, SIZE, SIZE)
     with torch.no_grad():
         free, _ = nano(pixels, None)
-        assert free.shape == (2, 4, 16, 16)
+        assert free.shape == (2, 4, 32, 32)
         assert torch.equal(free, nano(pixels, None, [1, 1])[0])
         assert (free - nano(pixels, boxes(2))[0]).abs().max() > 1e-3
 
@@ -73,7 +73,7 @@ def test_no_prompt_is_not_a_box(nano: SamModel) -> None:
 def test_no_boxes_at_all(nano: SamModel) -> None:
     with torch.no_grad():
         logits, iou = nano(noise(1, 3, SIZE, SIZE), torch.zeros(0, 4), [0])
-    assert logits.shape == (0, 4, 16, 16)
+    assert logits.shape == (0, 4, 32, 32)
     assert iou.shape == (0, 4)
 
 
@@ -146,22 +146,22 @@ def test_positions_at_another_size_by_hand() -> None:
     encoder = model.image_encoder
     with torch.no_grad():
         encoder.pos_embed.zero_()[:, 8, :] = 1
-        encoder.blocks[2].attn.rel_pos_h.copy_(torch.arange(31.0).view(31, 1).expand(31, 32))
+        encoder.blocks[2].attn.rel_pos_h.copy_(torch.arange(63.0).view(63, 1).expand(63, 32))
     windowed = encoder.blocks[0].attn.rel_pos_h.clone()
     fit_positions(model, 512)
-    # Cell i of 32 stands at (i + 0.5) / 2 - 0.5 of 16. Keys' cubic kernel with a = -0.75, at distance d from row 8:
+    # Cell i of 64 stands at (i + 0.5) / 2 - 0.5 of 32. Keys' cubic kernel with a = -0.75, at distance d from row 8:
     # (a + 2) d^3 - (a + 3) d^2 + 1 up to 1, a (d^3 - 5 d^2 + 8 d - 4) up to 2.
-    d = ((torch.arange(32.0) + 0.5) / 2 - 0.5 - 8).abs()
+    d = ((torch.arange(64.0) + 0.5) / 2 - 0.5 - 8).abs()
     near, far = 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
     expected = torch.where(d <= 1, near, torch.where(d < 2, far, 0))
     torch.testing.assert_close(encoder.pos_embed[0, :, 5, 7], expected, rtol=0, atol=1e-5)
     table = encoder.blocks[2].attn.rel_pos_h[:, 3]
-    expected = ((torch.arange(63.0) + 0.5) * 31 / 63 - 0.5).clamp(0, 30)
+    expected = ((torch.arange(127.0) + 0.5) * 63 / 127 - 0.5).clamp(0, 62)
     torch.testing.assert_close(table, expected, rtol=0, atol=1e-4)
     assert torch.equal(encoder.blocks[0].attn.rel_pos_h, windowed)
-    assert model.prompt_encoder.image_embedding_size == (32, 32)
+    assert model.prompt_encoder.image_embedding_size == (64, 64)
     assert model.prompt_encoder.input_image_size == (512, 512)
-    assert model.prompt_encoder.mask_input_size == (128, 128)
+    assert model.prompt_encoder.mask_input_size == (256, 256)
     assert (model.image_size, encoder.img_size) == (512, 512)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -171,7 +171,7 @@ def test_other_sizes_run(size: int) -> None:
     model = build("vit_nano", "random", size)
     with torch.no_grad():
         logits, _ = model(noise(1, 3, size, size), None)
-    assert logits.shape == (1, 4, size // 4, size // 4)
+    assert logits.shape == (1, 4, size // 2, size // 2)
     assert torch.isfinite(logits).all()
 
 
@@ -196,8 +196,8 @@ def test_a_checkpoint_saved_at_another_size(nano: SamModel, tmp_path: Path) -> N
     torch.save(nano.state_dict(), path)
     same, larger = build("vit_nano", str(path), SIZE), build("vit_nano", str(path))
     assert sha256_of_state(same.state_dict()) == sha256_of_state(nano.state_dict())
-    assert larger.image_encoder.pos_embed.shape == (1, 16, 16, 192)
-    assert larger.image_encoder.blocks[5].attn.rel_pos_w.shape == (31, 32)
+    assert larger.image_encoder.pos_embed.shape == (1, 32, 32, 192)
+    assert larger.image_encoder.blocks[5].attn.rel_pos_w.shape == (63, 32)
 
 
 def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:

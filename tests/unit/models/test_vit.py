@@ -119,9 +119,9 @@ def test_what_lies_under_the_image_does_not_matter_unpadded() -> None:
     model = build("vit_nano", image_size=64, grid="unpadded")
     with torch.no_grad():
         embedding = model.encode(noise(1, 3, 48, 64))
-        assert embedding.shape == (1, 128, 3, 4)
+        assert embedding.shape == (1, 128, 6, 8)
         logits, _ = model.decode(embedding, torch.tensor([[4.0, 4.0, 40.0, 40.0]]))
-        assert logits.shape == (1, 4, 12, 16)
+        assert logits.shape == (1, 4, 24, 32)
     with pytest.raises(ValueError, match="sides up to that in steps of 16"):
         model.encode(noise(1, 3, 40, 64))
     with pytest.raises(ValueError, match="sides up to that"):
