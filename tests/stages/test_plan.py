@@ -49,7 +49,7 @@ def settings(checkpointing: bool) -> dict:
     return {
         "data": {"modalities": ["t1n", "t1c", "t2f", "t2w"]},
         "crop": {"size": [138, 202]},
-        "model": {"name": "vit_nano", "grid": "unpadded", "image_size": 512, "weights": "random"},
+        "model": {"name": "vit_nano", "grid": "unpadded", "image_size": 256, "weights": "random"},
         "train": {"batch_size": 3, "checkpointing": checkpointing},
     }
 
