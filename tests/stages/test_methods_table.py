@@ -128,7 +128,7 @@ def test_other_models_against_a_count_of_their_layers(name: str) -> None:
         if isinstance(module, nn.Linear | nn.Conv2d | ConvNorm):
             module.register_forward_hook(count)
     attention = {
-        # 16 x 16 cells, 192 features: four blocks of 4 windows of 8 x 8, two of one; relative positions along both axes.
+        # 16 x 16 cells, 192 features: four blocks of 4 windows of 8 x 8, two of one; relative positions on two axes.
         "vit_nano": (4 * 4 * (2 * 64**2 + 2 * 64 * 8) + 2 * (2 * 256**2 + 2 * 256 * 16)) * 192,
         # 16 x 16 cells in 9 windows of 49, 8 x 8 in one of 196, 8 x 8 in 4 of 49.
         "vit_t": 2 * 9 * 2 * 49**2 * 128 + 6 * 2 * 196**2 * 160 + 2 * 4 * 2 * 49**2 * 320,
