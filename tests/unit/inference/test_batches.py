@@ -111,7 +111,7 @@ def test_a_second_prompt_needs_no_encoder(
     other = {k: np.array([[2.0, 2, 20, 20], [20.0, 8, 38, 44]]) for k in (1, 4, 6)}
     expected = [predict_slices(segmenter, case, boxes, options) for boxes in (BOXES, other)]
     embeddings = embed_case(segmenter, case, options)
-    assert sorted(embeddings) == list(range(7)) and embeddings[0].shape == (4, 128, 4, 4)
+    assert sorted(embeddings) == list(range(7)) and embeddings[0].shape == (4, 128, 8, 8)
     asked = room_for(segmenter, 0, monkeypatch, AssertionError("the encoder ran"))
     for boxes, masks in zip((BOXES, other), expected, strict=True):
         np.testing.assert_array_equal(predict_slices(segmenter, case, boxes, options, embeddings), masks)
