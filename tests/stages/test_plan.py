@@ -62,9 +62,9 @@ def test_the_prediction_is_what_is_measured(checkpointing: bool) -> None:
     data["train"]["batch_size"] = 1
     small = plan(build_config(data))
     assert (small["images_per_step"], large["images_per_step"]) == (4, 12)
-    assert large["frame"] == [352, 512]
+    assert large["frame"] == [176, 256]
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps(data), "352", "512", "4", "12"],
+        [sys.executable, "-c", MEASURE, json.dumps(data), "176", "256", "4", "12"],
         capture_output=True,
         text=True,
         check=True,
