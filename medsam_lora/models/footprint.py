@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from medsam_lora.config import MethodConfig
 from medsam_lora.models.attention import kept_by_fused_kernels, pieces_of
-from medsam_lora.models.precision import AMP_DTYPES
+from medsam_lora.models.precision import autocast
 from medsam_lora.models.sam import SamModel, blank
 from medsam_lora.peft import attach
 
@@ -185,9 +185,9 @@ def total(model: SamModel, pixels: Tensor, boxes: Tensor, amp: str = "none") -> 
     pixels, boxes : Tensor
         See `SamModel.forward`.
     amp : str
-        ``none``, ``bf16`` or ``fp16``.
+        See `models.precision.autocast`.
     """
-    with torch.autocast(pixels.device.type, AMP_DTYPES.get(amp, torch.bfloat16), enabled=amp not in ("none", "tf32")):
+    with autocast(pixels.device, amp):
         logits, iou = model(pixels, boxes)
     return logits.float().mean() + iou.float().mean()
 
