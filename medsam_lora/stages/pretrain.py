@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from medsam_lora.models.assemble import choose_device
 from medsam_lora.models.sam import SamModel, build
 from medsam_lora.stages.pipeline import PretrainSection
 from medsam_lora.stages.record import run_record, write_json
+from medsam_lora.training.distributed import Group, check_gpus, joined, launch
 from medsam_lora.training.held_out import HELD_OUT_SEED, scene_iou, shape_iou
 from medsam_lora.training.pretrain import new_optimiser, pretrain
 from medsam_lora.training.recipe import Course, Recipe
@@ -99,38 +99,27 @@ def pretrain_nano(folder: Path, section: PretrainSection, device: str = "auto", 
     if section.processes == 1:
         _train(folder, section, device, resume)
     else:
-        store = folder / "processes"
-        store.unlink(missing_ok=True)
-        torch.multiprocessing.spawn(_train_together, (folder, section, device, resume, store), nprocs=section.processes)
-        store.unlink(missing_ok=True)
+        check_gpus(section.processes, device, "pretrain.processes")
+        arguments = {"folder": folder, "section": section, "device": device, "resume": resume}
+        launch(_train, section.processes, arguments)
     return weights
-
-
-def _train_together(rank: int, folder: Path, section: PretrainSection, device: str, resume: bool, store: Path) -> None:
-    if rank == 0:
-        # Spawned afresh, so that nothing prints yet.
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // section.processes))
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store.resolve()}", rank=rank, world_size=section.processes
-    )
-    try:
-        _train(folder, section, device, resume)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def _train(folder: Path, section: PretrainSection, device: str, resume: bool) -> None:
     keep_freed_memory()
-    leader = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    with joined(device) as (group, own_device):
+        _train_as(group, folder, section, own_device, resume)
+
+
+def _train_as(group: Group, folder: Path, section: PretrainSection, device: str, resume: bool) -> None:
     sam = build("vit_nano", "random", section.image_size, section.seed).to(choose_device(device))
     courses = [Course(**course.model_dump()) for course in section.courses]
     recipe = Recipe(courses, section.lr, section.weight_decay, section.seed)
     optimiser = new_optimiser(sam, recipe)
-    run = _Run(folder, section, sam, optimiser, recipe if leader else None)
+    run = _Run(folder, section, sam, optimiser, recipe if group.is_main else None)
     first = run.resume() if resume else 1
     pretrain(sam, optimiser, recipe, first, "auto", run.note)
-    if leader:
+    if group.is_main:
         run.finish()
 
 
@@ -216,7 +205,7 @@ class _Run:
     def finish(self) -> None:
         """Write the weights, what they reach as they are stored, and the curve."""
         path = self.folder / WEIGHTS_FILE
-        # The mean of two minima that one rate led to is better than either (Izmailov et al. 2018, SWA).
+        # Minima along one training lie about a better one (Izmailov et al. 2018, stochastic weight averaging).
         mean = {name: torch.stack([end[name] for end in self.ends]).mean(dim=0) for name in self.ends[0]}
         self.sam.load_state_dict(mean)
         write_weights(path, self.sam)

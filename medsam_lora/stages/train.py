@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from medsam_lora.config import Config, dump_config
-from medsam_lora.errors import ConfigError, TrainingError
+from medsam_lora.errors import TrainingError
 from medsam_lora.inference import postprocess
 from medsam_lora.inference.predictor import PredictOptions, validate_case
 from medsam_lora.io.files import write_bytes_atomically
@@ -30,7 +30,7 @@ from medsam_lora.records import PreparedSlices
 from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.stages.training_cases import check_cases, find_store, first_slices, split_cases
 from medsam_lora.training.dataset import PromptOptions, SliceDataset
-from medsam_lora.training.distributed import Group, joined, launch, under_torchrun
+from medsam_lora.training.distributed import Group, check_gpus, joined, launch, under_torchrun
 from medsam_lora.training.guards import peak_memory_mib, reset_peak_memory
 from medsam_lora.training.log import LOG_COLUMNS
 from medsam_lora.training.loop import Trainer
@@ -82,11 +82,7 @@ def train(
     method_spec(config.method.name)
     if config.train.processes == 1 or under_torchrun():
         return _train(manifest, prepared, run, config, device, resume, cache)
-    if device == "auto" and torch.cuda.is_available() and torch.cuda.device_count() < config.train.processes:
-        raise ConfigError(
-            f"train.processes is {config.train.processes}, and there are {torch.cuda.device_count()} GPUs",
-            remedy="Lower train.processes, or use --device cpu.",
-        )
+    check_gpus(config.train.processes, device, "train.processes")
     arguments = {"manifest": manifest, "prepared": prepared, "run": run, "config": config, "device": device}
     launch(_train, config.train.processes, arguments | {"resume": resume, "cache": cache})
     return json.loads((run / "run.json").read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from medsam_lora.errors import MedsamLoraError
+from medsam_lora.errors import ConfigError, MedsamLoraError
 
 T = TypeVar("T")
 
@@ -129,6 +129,36 @@ def joined(device: str) -> Iterator[tuple[Group, str]]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def check_gpus(processes: int, device: str, setting: str) -> None:
+    """Refuse more processes than there are GPUs, where each is to have its own.
+
+    Parameters
+    ----------
+    processes : int
+    device : str
+        As asked for.
+    setting : str
+        The name of the setting that says `processes`.
+
+    Raises
+    ------
+    ConfigError
+        Where some process would be without a GPU, or all were to share one.
+    """
+    if device != "cuda" and not (device == "auto" and torch.cuda.is_available()):
+        if device.startswith("cuda:"):
+            raise ConfigError(
+                f"{setting} is {processes}, and --device {device} is one GPU",
+                remedy=f"Set {setting}=1, or --device cuda.",
+            )
+        return
+    if torch.cuda.device_count() < processes:
+        raise ConfigError(
+            f"{setting} is {processes}, and there are {torch.cuda.device_count()} GPUs",
+            remedy=f"Lower {setting}, or use --device cpu.",
+        )
 
 
 def launch(work: Callable[..., object], processes: int, arguments: dict[str, Any]) -> None:

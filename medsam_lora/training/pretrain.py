@@ -157,13 +157,11 @@ def _place() -> tuple[int, int]:
 def _average_gradients(sam: SamModel, world: int) -> None:
     if world == 1:
         return
-    given = [p.grad for p in sam.parameters() if p.requires_grad]
-    # A token that no prompt of this process used has no gradient; all processes must send the same.
-    sizes = [p.numel() for p in sam.parameters() if p.requires_grad]
-    flat = torch.cat([torch.zeros(n) if g is None else g.flatten() for n, g in zip(sizes, given, strict=True)])
-    torch.distributed.all_reduce(flat)
     parameters = [p for p in sam.parameters() if p.requires_grad]
-    for parameter, part in zip(parameters, (flat / world).split(sizes), strict=True):
+    # A token that no prompt of this process used has no gradient; all processes must send the same.
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    torch.distributed.all_reduce(flat)
+    for parameter, part in zip(parameters, (flat / world).split([p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter).clone()
 
 

@@ -13,11 +13,11 @@ import torch
 from prepared_cases import make_case
 
 from medsam_lora.config import FusionConfig, MethodConfig, ModelConfig, TrainConfig
-from medsam_lora.errors import TrainingError
+from medsam_lora.errors import ConfigError, TrainingError
 from medsam_lora.models.assemble import build_segmenter
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.training.dataset import PromptOptions, SliceDataset
-from medsam_lora.training.distributed import Group, joined, launch
+from medsam_lora.training.distributed import Group, check_gpus, joined, launch
 from medsam_lora.training.loop import Trainer
 
 HERE = Path(__file__).parent
@@ -102,6 +102,31 @@ def test_an_error_in_one_process_is_that_of_the_run(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="the loss is nan") as caught:
         launch(fail_in_the_second, 2, {"out": tmp_path})
     assert (caught.value.case_id, caught.value.remedy) == ("a", "Lower train.lr.")
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "remedy"),
+    [
+        ("cpu", 0, None),
+        ("auto", 0, None),
+        ("auto", 1, "--device cpu"),
+        ("cuda", 1, "--device cpu"),
+        ("cuda", 2, None),
+        ("auto", 2, None),
+        ("cuda:0", 2, "--device cuda"),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, device: str, gpus: int, remedy: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if remedy is None:
+        check_gpus(2, device, "train.processes")
+        return
+    with pytest.raises(ConfigError, match=r"train\.processes is 2") as caught:
+        check_gpus(2, device, "train.processes")
+    assert remedy in str(caught.value)
 
 
 def test_torchrun_brings_the_processes_together(tmp_path: Path) -> None:
