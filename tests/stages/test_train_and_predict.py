@@ -253,6 +253,31 @@ def test_tensorboard_events_are_an_extra(cohort: Cohort, tmp_path: Path) -> None
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.*"))
 
 
+@pytest.mark.parametrize("nonfinite", ["reject", "zero"])
+def test_voxels_that_are_no_numbers_are_taken_as_in_preparation(cohort: Cohort, tmp_path: Path, nonfinite: str) -> None:
+    record, *_ = cohort.tested
+    root, run, manifest = tmp_path / "cohort", tmp_path / "run", tmp_path / "manifest.csv"
+    shutil.copytree(cohort.root, root)
+    path = next(root.rglob(f"{record.case_id}-t1c.nii.gz"))
+    image = nib.load(path)
+    data = image.get_fdata(dtype=np.float32)
+    data[0, 0, 0] = np.nan
+    nib.save(nib.Nifti1Image(data, image.affine), path)
+    write_manifest(manifest, [record])
+    tensors, metadata = load_adapter(cohort.run / "adapter.safetensors")
+    assert metadata["plan"]["nonfinite"] == "reject"
+    metadata["plan"]["nonfinite"] = nonfinite
+    run.mkdir()
+    save_adapter(run / "adapter.safetensors", tensors, metadata)
+    outcome = predict(manifest, root, run, tmp_path / "out", config(), device="cpu")
+    if nonfinite == "reject":
+        assert [(f.case_id, f.code) for f in outcome.failed] == [(record.case_id, "nonfinite")]
+    else:
+        assert outcome.done == [record.case_id]
+        masks = [folder / f"{record.case_id}.nii.gz" for folder in (tmp_path / "out", cohort.predictions)]
+        assert np.array_equal(*map(voxels, masks))
+
+
 def test_two_processes_train_one_adapter(cohort: Cohort, tmp_path: Path) -> None:
     """The same batches as one process, so the same scores but for rounding; one folder, written once."""
     both = config(train={"processes": 2})
