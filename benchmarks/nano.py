@@ -88,6 +88,7 @@ def main() -> None:
     print(f"| one point, the mask that the model trusts | {options.scenes} scenes | {scenes['point']:.3f} | |")
     print(f"| one point, the best of three masks | {options.scenes} scenes | {scenes['point_best']:.3f} | |")
     print(f"| none: all that was painted | {options.scenes} scenes | {scenes['none']:.3f} | |\n")
+    print(f"standard error of the mean over the shapes: {iou.std(ddof=1) / len(iou) ** 0.5:.4f}\n")
     table("longest side / picture", sides.max(axis=1) / size, SIDES, iou, floor)
     print()
     table("filled share of its box", floor, FILLS, iou, floor)
