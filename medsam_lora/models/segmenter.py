@@ -168,7 +168,8 @@ class Segmenter(nn.Module):
         missing = [b for b, entry in enumerate(found) if entry is None]
         if missing:
             with torch.no_grad():
-                computed = self._until(z[missing]).unflatten(0, (len(missing), z.shape[1]))
+                # In the layout they are read back in: the decoder's rounding depends on it, in bfloat16 visibly.
+                computed = self._until(z[missing]).contiguous().unflatten(0, (len(missing), z.shape[1]))
             for b, entry in zip(missing, computed, strict=True):
                 self.cache.write(keys[b], entry)
                 found[b] = entry

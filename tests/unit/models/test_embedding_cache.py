@@ -57,6 +57,15 @@ def test_the_results_are_the_same_and_the_encoder_runs_once(
     assert model.cache is not None and (model.cache.hits, model.cache.misses) == (3, 2)
 
 
+def test_an_embedding_has_one_layout_whether_computed_or_read(tmp_path: Path) -> None:
+    """The neck gives channels-last embeddings, whose bfloat16 products the decoder rounds otherwise than those read."""
+    model, z = segmenter(), slices()
+    model.use_cache(tmp_path, ROOM, "none")
+    with torch.no_grad():
+        computed, read = model.embed(z), model.embed(z)
+    assert torch.equal(computed, read) and computed.stride() == read.stride()
+
+
 def test_only_what_is_missing_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, z = segmenter(), slices()
     model.use_cache(tmp_path, ROOM, "none")
