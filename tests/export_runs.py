@@ -26,7 +26,7 @@ def run_folder(
     fusion: str = "mean_logit",
     modalities: Sequence[str] = ("t1c", "t2f"),
     regions: Sequence[str] = ("WT",),
-    crop: tuple[int, int] = (48, 30),
+    crop: tuple[int, int] | None = (48, 30),
 ) -> Path:
     """A folder with an adapter whose tensors are all moved away from where they start."""
     fused = FusionConfig(name=fusion)
@@ -36,7 +36,7 @@ def run_folder(
         name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
         for name, tensor in segmenter.adapter_state().items()
     }
-    plan = PreparePlan(tuple(modalities), crop=CropPlan(size=crop))
+    plan = PreparePlan(tuple(modalities), crop=CropPlan("none") if crop is None else CropPlan(size=crop))
     metadata = {
         **adapter_metadata(segmenter, model, method, fused, 0),
         "plan": plan.to_json(),

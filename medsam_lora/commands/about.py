@@ -50,13 +50,19 @@ def info(
 
 
 def methods(
-    model: Annotated[str, typer.Option("--model", metavar="NAME", help="The base model.")] = "vit_b",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="NAME", help="The base model. [default: that of --config, else vit_b]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, with stable keys.")] = False,
     config: options.ConfigOption = None,
     settings: options.SetOption = None,
 ) -> None:
-    """Print what every method trains and costs; with --set, that of one."""
-    only = None if config is None and not settings else options.read_config(config, settings).method
+    """Print what every method trains and costs; with --config or --set, that of one."""
+    chosen = None if config is None and not settings else options.read_config(config, settings)
+    only = None if chosen is None else chosen.method
+    if model is None:
+        model = "vit_b" if chosen is None else chosen.model.name
     from medsam_lora.stages.methods import as_text
     from medsam_lora.stages.methods import methods as count
 

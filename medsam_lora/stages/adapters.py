@@ -32,8 +32,8 @@ def info(path: Path) -> dict[str, Any]:
     -------
     dict
         ``file``, ``bytes``, ``content_sha256``; ``method``, ``options`` (those it reads), ``mergeable``; ``model``,
-        ``base_sha256``, ``image_size``; ``modalities``, ``regions``, ``fusion``, ``postprocess``; ``parameters``,
-        ``tensors`` and ``parameters_by_part``; ``package_version``.
+        ``base_sha256``, ``image_size``, ``grid``; ``modalities``, ``regions``, ``fusion``, ``postprocess``;
+        ``parameters``, ``tensors`` and ``parameters_by_part``; ``package_version``.
 
     Raises
     ------
@@ -57,6 +57,7 @@ def info(path: Path) -> dict[str, Any]:
         "model": metadata["model_name"],
         "base_sha256": metadata["base_sha256"],
         "image_size": metadata["image_size"],
+        "grid": metadata.get("grid", "padded"),
         "modalities": metadata["modalities"],
         "regions": metadata["regions"],
         "fusion": metadata["fusion"],
@@ -89,13 +90,15 @@ def merge(path: Path, out: Path, weights: str | None = None) -> dict[str, Any]:
     Raises
     ------
     AdapterError
-        Where the method cannot be merged, or the merged model computes something else.
+        Where the method or the grid is none that stock weights can hold, or the merged model computes something else.
     """
     if out.suffix not in KINDS:
         raise AdapterError(f"the suffix {out.suffix!r} names no kind of checkpoint", path=out, remedy="Write .pth.")
     if out.exists():
         raise AdapterError("the file exists", path=out, remedy="Give another name, or delete it.")
-    segmenter, metadata = load_segmenter(path, weights)
+    _, metadata = load_adapter(path)
+    refuse_unmergeable(path, metadata)
+    segmenter, _ = load_segmenter(path, weights)
     sam = segmenter.sam
     state = segmenter.adaptation.merge()
     if out.suffix == ".safetensors":
@@ -129,6 +132,36 @@ def merge(path: Path, out: Path, weights: str | None = None) -> dict[str, Any]:
         "fusion": metadata["fusion"],
         "largest_difference": difference,
     }
+
+
+def refuse_unmergeable(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse an adapter whose computation no checkpoint of the stock classes can hold.
+
+    Parameters
+    ----------
+    path : Path
+        Of the adapter, for the message.
+    metadata : mapping
+        Of the adapter.
+
+    Raises
+    ------
+    AdapterError
+    """
+    instead = "medsam-lora export with --format onnx, monai-bundle: they hold the whole computation"
+    if not method_spec(metadata["method"]).mergeable:
+        raise AdapterError(
+            f"method {metadata['method']} cannot be merged into stock SAM weights: it adds computation of its own",
+            path=path,
+            remedy=f"Use {instead}.",
+        )
+    if metadata.get("grid", "padded") != "padded":
+        # The weights would load, and compute something else on every picture that is not square.
+        raise AdapterError(
+            "it was trained on the unpadded grid, which the stock classes do not compute",
+            path=path,
+            remedy=f"Use {instead}, or train with model.grid=padded.",
+        )
 
 
 def diff(path: Path, other: Path | None = None, weights: str | None = None) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from typing import Any, Final
 from medsam_lora.errors import AdapterError, ConfigError, nearest
 from medsam_lora.models.assemble import load_segmenter
 from medsam_lora.models.checkpoint import load_adapter
-from medsam_lora.peft import method_spec
-from medsam_lora.stages.adapters import merge
-from medsam_lora.stages.export_contract import contract
+from medsam_lora.stages.adapters import merge, refuse_unmergeable
+from medsam_lora.stages.export_contract import contract, threshold_of
 from medsam_lora.stages.record import write_json
 from medsam_lora.stages.train import ADAPTER_FILE
 
@@ -68,24 +67,12 @@ def export(run: Path, kind: str, out: Path | None = None, weights: str | None = 
     return {"format": kind, "out": str(target), **FORMATS[kind](adapter, target, weights)}
 
 
-def _stock(suffix: str, others: tuple[str, ...]) -> Exporter:
+def _stock(suffix: str) -> Exporter:
     def write(adapter: Path, out: Path, weights: str | None) -> dict[str, Any]:
         _, metadata = load_adapter(adapter)
         if out.suffix not in (suffix, ".pt" if suffix == ".pth" else suffix):
             raise AdapterError(f"this format is a file named *{suffix}", path=out, remedy=f"Give --out NAME{suffix}.")
-        formats = ", ".join(others)
-        if not method_spec(metadata["method"]).mergeable:
-            raise AdapterError(
-                f"method {metadata['method']} cannot be merged into stock SAM weights: it adds computation of its own",
-                path=adapter,
-                remedy=f"Use --format {formats}: they hold the whole computation.",
-            )
-        if metadata.get("grid", "padded") != "padded":
-            raise AdapterError(
-                "it was trained on the unpadded grid, which the stock classes do not compute",
-                path=adapter,
-                remedy=f"Use --format {formats}, or train with model.grid=padded.",
-            )
+        refuse_unmergeable(adapter, metadata)
         side_car = out.with_suffix(".json")
         if side_car.exists():
             raise AdapterError("it exists", path=side_car, remedy="Give another --out, or delete it.")
@@ -105,7 +92,7 @@ def _stock_contract(adapter: Path, weights: str | None, done: Mapping[str, Any],
     size = segmenter.sam.image_size
     return {
         "format": "sam-pth" if out.suffix != ".safetensors" else "safetensors",
-        **contract(segmenter, metadata),
+        **contract(segmenter, metadata, threshold_of(adapter)),
         "weights": {
             "file": out.name,
             "sha256": done["sha256"],
@@ -152,8 +139,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 FORMATS: Final[Mapping[str, Exporter]] = {
-    "sam-pth": _stock(".pth", ("onnx", "monai-bundle")),
-    "safetensors": _stock(".safetensors", ("onnx", "monai-bundle")),
+    "sam-pth": _stock(".pth"),
+    "safetensors": _stock(".safetensors"),
     "onnx": _onnx,
     "monai-bundle": _monai_bundle,
 }

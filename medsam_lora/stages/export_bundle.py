@@ -23,7 +23,7 @@ from medsam_lora.models.assemble import load_segmenter
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft import method_spec
 from medsam_lora.stages.bundle import DESCRIPTION, WEIGHTS, BundleNetwork, loaded, whole
-from medsam_lora.stages.export_contract import contract
+from medsam_lora.stages.export_contract import contract, threshold_of
 from medsam_lora.stages.record import write_json
 from medsam_lora.transforms.cropping import crop_size
 from medsam_lora.transforms.stages import PreparePlan
@@ -70,10 +70,11 @@ def write_bundle(adapter: Path, folder: Path, weights: str | None = None) -> flo
     state = {f"segmenter.{name}": tensor for name, tensor in whole(segmenter).state_dict().items()}
     torch.save(state, buffer)
     write_bytes_atomically(folder / WEIGHTS, buffer.getvalue())
-    about = contract(segmenter, metadata)
+    threshold = threshold_of(adapter)
+    about = contract(segmenter, metadata, threshold)
     plane = crop_size(PreparePlan.from_json(metadata["plan"]).crop)
     write_json(folder / "configs" / "metadata.json", _metadata(segmenter, metadata, plane))
-    write_json(folder / "configs" / "inference.json", _inference())
+    write_json(folder / "configs" / "inference.json", _inference(threshold))
     write_json(folder / "docs" / "export.json", {"format": "monai-bundle", **about})
     write_bytes_atomically(folder / "docs" / "README.md", _readme(metadata, about).encode())
     licence = LICENCE_NOTICE.format(model=metadata["model_name"]) + _licence()
@@ -165,7 +166,7 @@ def _metadata(segmenter: Segmenter, metadata: Mapping[str, Any], plane: tuple[in
     }
 
 
-def _inference() -> dict[str, Any]:
+def _inference(threshold: float) -> dict[str, Any]:
     settings = PredictConfig()
     return {
         "imports": ["$import torch"],
@@ -179,7 +180,7 @@ def _inference() -> dict[str, Any]:
         "settings": {
             "batch_size": settings.batch_size,
             "amp": settings.amp,
-            "threshold": settings.threshold,
+            "threshold": threshold,
         },
         "checkpoint": f"$@bundle_root + '/{WEIGHTS}'",
         "network_def": {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor
 
 from medsam_lora import __version__
+from medsam_lora.config import PredictConfig, load_config
 from medsam_lora.inference import postprocess
 from medsam_lora.models import MODELS
 from medsam_lora.models.fusion import Learned
@@ -36,7 +39,7 @@ PIXEL_RULES: Final[Mapping[str, str]] = {
 }
 
 
-def frame_of(segmenter: Segmenter, metadata: Mapping[str, Any]) -> tuple[int, int]:
+def frame_of(segmenter: Segmenter, metadata: Mapping[str, Any]) -> tuple[int, int] | None:
     """The part of the model frame, (h, w) in model pixels, that a run's slices are encoded on.
 
     Parameters
@@ -44,13 +47,32 @@ def frame_of(segmenter: Segmenter, metadata: Mapping[str, Any]) -> tuple[int, in
     segmenter : Segmenter
     metadata : mapping
         Of its adapter.
+
+    Returns
+    -------
+    tuple of int, optional
+        None on the unpadded grid of uncropped slices, where every plane has another.
     """
     size = segmenter.sam.image_size
+    if segmenter.sam.grid == "padded":
+        return size, size
     plane = crop_size(PreparePlan.from_json(metadata["plan"]).crop)
-    return (size, size) if plane is None else segmenter.frame(plane)
+    return None if plane is None else segmenter.frame(plane)
 
 
-def contract(segmenter: Segmenter, metadata: Mapping[str, Any]) -> dict[str, Any]:
+def threshold_of(adapter: Path) -> float:
+    """The probability above which a run counts a voxel as tumour, by its ``config.yaml``; the default without one.
+
+    Parameters
+    ----------
+    adapter : Path
+        The run's adapter file, beside which its settings lie.
+    """
+    config = adapter.with_name("config.yaml")
+    return (load_config(config).predict if config.is_file() else PredictConfig()).threshold
+
+
+def contract(segmenter: Segmenter, metadata: Mapping[str, Any], threshold: float) -> dict[str, Any]:
     """What a user of an exported model must know, whatever the format.
 
     Parameters
@@ -58,6 +80,8 @@ def contract(segmenter: Segmenter, metadata: Mapping[str, Any]) -> dict[str, Any
     segmenter : Segmenter
     metadata : mapping
         Of its adapter.
+    threshold : float
+        Probability above which a voxel is tumour (`threshold_of`).
 
     Returns
     -------
@@ -68,6 +92,7 @@ def contract(segmenter: Segmenter, metadata: Mapping[str, Any]) -> dict[str, Any
     sam = segmenter.sam
     plan = PreparePlan.from_json(metadata["plan"])
     frame = frame_of(segmenter, metadata)
+    reached = "the part of the frame that the slice reaches" if frame is None else f"{frame[0]} x {frame[1]}"
     notice = MODELS[sam.name].notice
     return {
         "format_version": FORMAT_VERSION,
@@ -81,7 +106,7 @@ def contract(segmenter: Segmenter, metadata: Mapping[str, Any]) -> dict[str, Any
         "adapter_sha256": metadata["content_sha256"],
         "modalities": list(segmenter.modalities),
         "regions": list(segmenter.regions),
-        "input": _input(segmenter, plan, frame),
+        "input": _input(segmenter, plan, frame, reached),
         "boxes": {
             "order": "x0, y0, x1, y1 in model pixels: x along columns (axis 1 of a slice), y along rows (axis 0)",
             "from_voxels": "a box (i0, j0, i1, j1) on voxel edges of the crop is (j0, i0, j1, i1) * scale",
@@ -92,8 +117,10 @@ def contract(segmenter: Segmenter, metadata: Mapping[str, Any]) -> dict[str, Any
             "by_area": segmenter.regions_by_area,
             "by_area_means": "true: the method trains no regions, and the masks of a slice are given to them by area",
             "several_boxes": "one mask from those of several boxes of a slice: the largest logit at every pixel",
-            "back": f"after the fusion: bilinear to {frame[0]} x {frame[1]} model pixels, without the padding, "
-            "bilinear to the crop (both with align_corners=False); foreground where the logit is above 0",
+            "back": f"after the fusion: bilinear to {reached} model pixels, without the padding, "
+            "bilinear to the crop (both with align_corners=False); foreground where the logit is above logit_above",
+            "threshold": threshold,
+            "logit_above": math.log(threshold / (1 - threshold)),
             "nested": "every region within the one before it, where there are several",
             "clean_up": postprocess.describe(postprocess.from_json(metadata.get("postprocess", {}))),
         },
@@ -101,7 +128,7 @@ def contract(segmenter: Segmenter, metadata: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _input(segmenter: Segmenter, plan: PreparePlan, frame: tuple[int, int]) -> dict[str, Any]:
+def _input(segmenter: Segmenter, plan: PreparePlan, frame: tuple[int, int] | None, reached: str) -> dict[str, Any]:
     spec, size, depth = segmenter.input_spec, segmenter.sam.image_size, segmenter.adaptation.report.depth
     stack = "" if depth == 1 else f"; {depth} neighbouring slices, the middle one of which is segmented"
     return {
@@ -120,8 +147,8 @@ def _input(segmenter: Segmenter, plan: PreparePlan, frame: tuple[int, int]) -> d
         "normalised": spec.name != "zscore",
         "resize": f"long side of the crop to {size} pixels (scale = {size} / long side), the other in proportion, "
         "rounded half up; bilinear, align_corners=False, no antialiasing",
-        "padding": f"after the normalisation, zeros at the bottom and right up to {frame[0]} x {frame[1]} pixels",
-        "frame": list(frame),
+        "padding": f"after the normalisation, zeros at the bottom and right up to {reached} pixels",
+        "frame": None if frame is None else list(frame),
     }
 
 

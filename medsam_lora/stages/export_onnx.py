@@ -25,7 +25,7 @@ from medsam_lora.errors import AdapterError, ConfigError
 from medsam_lora.models.assemble import load_segmenter
 from medsam_lora.models.graphs import DecoderGraph, EncoderGraph, attention_for_graphs
 from medsam_lora.models.segmenter import N_TOKENS
-from medsam_lora.stages.export_contract import contract, frame_of
+from medsam_lora.stages.export_contract import contract, frame_of, threshold_of
 from medsam_lora.stages.record import write_json
 
 TOLERANCE: Final = 1e-4
@@ -69,7 +69,15 @@ def write_onnx(adapter: Path, folder: Path, weights: str | None = None) -> float
             f"--format onnx needs {', '.join(missing)}, not installed", remedy="pip install 'medsam-lora[onnx]'"
         )
     segmenter, metadata = load_segmenter(adapter, weights)
-    h, w = frame_of(segmenter, metadata)
+    frame = frame_of(segmenter, metadata)
+    if frame is None:
+        raise AdapterError(
+            "it was trained on the unpadded grid of uncropped slices, whose size differs from case to case; a graph "
+            "has one size",
+            path=adapter,
+            remedy="Use --format monai-bundle, or train with a crop other than crop.name=none, or model.grid=padded.",
+        )
+    h, w = frame
     depth = segmenter.adaptation.report.depth
     pixels = torch.randn(depth, 3, h, w, generator=torch.Generator().manual_seed(0))
     encoder, decoder = EncoderGraph(segmenter).eval(), DecoderGraph(segmenter.sam).eval()
@@ -89,7 +97,7 @@ def write_onnx(adapter: Path, folder: Path, weights: str | None = None) -> float
             path=adapter,
             remedy="Nothing was written. Use another version of torch or onnxruntime, and report this.",
         )
-    about = contract(segmenter, metadata)
+    about = contract(segmenter, metadata, threshold_of(adapter))
     write_json(
         folder / "export.json",
         {"format": "onnx", **about, **_signature(pixels, embedding), "checked": _checked(difference)},

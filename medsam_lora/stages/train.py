@@ -28,7 +28,7 @@ from medsam_lora.peft import method_spec
 from medsam_lora.prompts import REFERENCE_BOX
 from medsam_lora.records import PreparedSlices
 from medsam_lora.stages.record import run_record, write_json
-from medsam_lora.stages.training_cases import check_cases, find_store, first_slices, split_cases
+from medsam_lora.stages.training_cases import check_cases, check_neighbours, find_store, first_slices, split_cases
 from medsam_lora.training.dataset import PromptOptions, SliceDataset
 from medsam_lora.training.distributed import Group, check_gpus, joined, launch, under_torchrun
 from medsam_lora.training.guards import peak_memory_mib, reset_peak_memory
@@ -131,6 +131,7 @@ def _train_as(
     if notice is not None:
         logger.warning("%s", notice)
     check_cases([*training, *validation], modalities, config.train.regions, store)
+    check_neighbours(training, segmenter.adaptation.report.depth, store)
     if config.train.postprocess == "fitted" and not validation:
         raise TrainingError(
             "train.postprocess=fitted needs validation cases, and there are none",

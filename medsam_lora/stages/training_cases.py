@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from medsam_lora.io.manifest import read_manifest
 from medsam_lora.io.store import open_store, read_index
 from medsam_lora.labels import regions_of
 from medsam_lora.records import PreparedSlices
+
+FEW_NEIGHBOURS = 0.5
+"""Share of the neighbours of slices that are in the store below which `check_neighbours` warns."""
+
+logger = logging.getLogger(__name__)
 
 # Without validation cases the reloaded adapter is checked on this many slices of a training case.
 _CHECK_SLICES = 8
@@ -94,6 +100,40 @@ def check_cases(
                 case_id=case.case_id,
                 remedy="Train with train.regions: [WT], or leave the case out.",
             )
+
+
+def check_neighbours(cases: Sequence[PreparedSlices], depth: int, store: Path) -> None:
+    """Refuse stacks of neighbouring slices where no slice has a neighbour; say so where half of them have none.
+
+    Parameters
+    ----------
+    cases : sequence of PreparedSlices
+        That are trained on.
+    depth : int
+        Slices of a stack (`Report.depth`).
+    store : Path
+
+    Raises
+    ------
+    TrainingError
+    """
+    if depth == 1:
+        return
+    there = [k + step in set(case.ks) for case in cases for k in case.ks for step in (-1, 1)]
+    share = sum(there) / max(len(there), 1)
+    if not share:
+        raise TrainingError(
+            f"method.depth={depth} looks at neighbouring slices, and no slice of the store has one: a stack would "
+            "be one slice throughout",
+            path=store,
+            remedy="Prepare with slicing.name=full, or set method.depth=1.",
+        )
+    if share < FEW_NEIGHBOURS:
+        logger.warning(
+            "method.depth=%d looks at neighbouring slices, and only %.0f %% of them are in the store; the slice itself "
+            "stands in for the others (slicing.name=full keeps all)",
+            *(depth, 100 * share),
+        )
 
 
 def first_slices(case: PreparedSlices) -> PreparedSlices:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from export_runs import run_folder
 
 from medsam_lora.cli import main
 from medsam_lora.config import FusionConfig, MethodConfig, ModelConfig
@@ -79,6 +81,13 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path, lora: Path) -> None:
         merge(path, tmp_path / "out.pth")
     with pytest.raises(AdapterError, match="names no kind of checkpoint"):
         merge(lora, tmp_path / "out.bin")
+    # Its weights would load, and compute something else on every picture that is not square.
+    unpadded = BASE.model_copy(update={"grid": "unpadded"})
+    folder = run_folder(tmp_path / "unpadded", MethodConfig(name="lora", rank=2), unpadded)
+    with pytest.raises(AdapterError, match=r"unpadded grid.*model\.grid=padded"):
+        merge(folder / "adapter.safetensors", tmp_path / "out.pth")
+    assert info(folder / "adapter.safetensors")["grid"] == "unpadded" and info(lora)["grid"] == "padded"
+    shutil.rmtree(folder)
     assert [p.name for p in tmp_path.iterdir()] == ["adapter.safetensors"]
 
 

@@ -17,7 +17,7 @@ from export_runs import BASE, run_folder
 from monai.bundle import verify_metadata, verify_net_in_out
 
 import medsam_lora
-from medsam_lora.config import MethodConfig, build_config
+from medsam_lora.config import MethodConfig, build_config, dump_config
 from medsam_lora.datasets.phantom import make_cohort
 from medsam_lora.errors import AdapterError, DataError
 from medsam_lora.io.manifest import read_manifest
@@ -140,6 +140,19 @@ def test_methods_that_add_computation(name: str, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", MethodConfig(name=name, rank=2, bottleneck=2, tokens=2, depth=3))
     assert export(run, "monai-bundle")["largest_difference"] == 0
     assert (run / "export" / "monai-bundle" / "models" / "model.pt").is_file()
+
+
+def test_uncropped_slices_on_the_unpadded_grid_with_a_threshold(tmp_path: Path) -> None:
+    """Every plane has a frame of its own, which the network finds by itself; the threshold is the run's."""
+    run = run_folder(
+        tmp_path / "run", MethodConfig(name="lora", rank=2), BASE.model_copy(update={"grid": "unpadded"}), crop=None
+    )
+    (run / "config.yaml").write_text(dump_config(build_config({"predict": {"threshold": 0.7}})))
+    out = Path(export(run, "monai-bundle")["out"])
+    about = json.loads((out / "docs" / "export.json").read_text())
+    assert about["input"]["frame"] is None and "that the slice reaches" in about["input"]["padding"]
+    assert about["masks"]["threshold"] == 0.7
+    assert json.loads((out / "configs" / "inference.json").read_text())["settings"]["threshold"] == 0.7
 
 
 def test_another_run_s_weights_are_refused(exported: tuple[Path, Path], tmp_path: Path) -> None:

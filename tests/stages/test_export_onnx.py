@@ -121,6 +121,23 @@ def test_graphs_of_something_else_are_refused_and_not_left(
     assert [path.name for path in (tmp_path / "other" / "export").iterdir()] == []
 
 
+@needs_onnx
+def test_stacks_of_slices_are_graphs_too(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", MethodConfig(name="sd_trans", depth=3, bottleneck=2))
+    done = export(run, "onnx")
+    assert 0 < done["largest_difference"] <= export_onnx.TOLERANCE
+    about = json.loads((Path(done["out"]) / "export.json").read_text())
+    assert "3 neighbouring slices" in about["input"]["one_image"]
+
+
+@needs_onnx
+def test_a_graph_needs_one_size(tmp_path: Path) -> None:
+    unpadded = BASE.model_copy(update={"grid": "unpadded"})
+    run = run_folder(tmp_path / "run", MethodConfig(name="lora", rank=2), unpadded, crop=None)
+    with pytest.raises(AdapterError, match=r"unpadded grid of uncropped slices.*monai-bundle"):
+        export(run, "onnx")
+
+
 def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run_folder(tmp_path / "run", MethodConfig(name="lora", rank=2))
     monkeypatch.setattr(export_onnx, "NEEDED", ("no_such_package",))

@@ -13,7 +13,7 @@ from export_runs import BASE, SIZE, run_folder, snippet
 from torch import Tensor
 
 from medsam_lora.cli import main
-from medsam_lora.config import MethodConfig
+from medsam_lora.config import MethodConfig, build_config, dump_config
 from medsam_lora.models.assemble import load_segmenter
 from medsam_lora.models.tiny_vit import TinyViT
 from medsam_lora.sam_modules import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
@@ -104,6 +104,17 @@ def test_the_side_car_says_what_the_weights_do_not(tmp_path: Path) -> None:
     assert list(weights) == ["t1c", "t2f"] and sum(weights.values()) == pytest.approx(1)
     assert about["masks"]["tokens"] == {"WT": 0} and about["input"]["frame"] == [SIZE, SIZE]
     assert about["checked"]["largest_difference"] == done["largest_difference"] <= 1e-4
+
+
+def test_the_side_car_has_the_run_s_threshold(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "lora", LORA)
+    export(folder, "sam-pth", tmp_path / "plain.pth")
+    config = build_config({"predict": {"threshold": 0.8}})
+    (folder / "config.yaml").write_text(dump_config(config))
+    export(folder, "sam-pth", tmp_path / "own.pth")
+    plain, own = (json.loads((tmp_path / f"{name}.json").read_text())["masks"] for name in ("plain", "own"))
+    assert (plain["threshold"], plain["logit_above"]) == (0.5, 0)
+    assert own["threshold"] == 0.8 and own["logit_above"] == pytest.approx(np.log(4))
 
 
 @pytest.mark.parametrize("kind", ["sam-pth", "safetensors"])

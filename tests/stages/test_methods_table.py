@@ -148,6 +148,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     (one,) = json.loads(run("--model", "vit_nano", "--json", "--set", "method.rank=16"))
     assert one["method"] == "lora" and one["options"]["rank"] == 16
     assert one["encoder_parameters"] == 6 * 2 * 2 * 192 * 16
+    (named,) = json.loads(run("--json", "--set", "model.name=vit_nano", "--set", "method.rank=16"))
+    assert named == one
     text = run("--model", "vit_nano")
     assert all(f"\n{name} " in text for name in METHODS)
     with pytest.raises(SystemExit) as stop:

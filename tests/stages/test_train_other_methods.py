@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from medsam_lora.config import Config, build_config
+from medsam_lora.config import Config, SlicingConfig, build_config
 from medsam_lora.datasets.phantom import make_cohort
+from medsam_lora.errors import TrainingError
 from medsam_lora.models.checkpoint import load_adapter
 from medsam_lora.stages.manifest import build_manifest
 from medsam_lora.stages.predict import predict
@@ -35,6 +36,18 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     store, outcome = prepare(manifest, folder / "cases", folder / "prepared", config(name="lora"))
     assert not outcome.failed
     return manifest, folder / "cases", store
+
+
+def test_stacks_without_neighbours_are_refused(cohort: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Of every second slice none has a neighbour: a stack would hold one slice three times."""
+    manifest, root, _ = cohort
+    settings = config(name="sd_trans", depth=3, bottleneck=4)
+    apart = settings.model_copy(update={"slicing": SlicingConfig(name="every_second")})
+    store, _ = prepare(manifest, root, tmp_path / "prepared", apart)
+    with pytest.raises(TrainingError, match=r"no slice of the store has one.*slicing\.name=full"):
+        train(manifest, store, tmp_path / "run", apart, device="cpu")
+    assert not (tmp_path / "run").exists()
+    train(manifest, store, tmp_path / "plane", config(name="sd_trans", bottleneck=4), device="cpu")
 
 
 @pytest.mark.parametrize(
