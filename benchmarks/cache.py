@@ -1,16 +1,19 @@
-"""What an epoch takes when what the frozen part of the encoder computes is kept on disk, and when it is not.
+r"""What an epoch takes when what the frozen part of the encoder computes is kept on disk, and when it is not.
 
-    OMP_NUM_THREADS=1 python benchmarks/cache.py [--model vit_t] [--image-size 512] [--slices 12] [--rounds 3]
+    OMP_NUM_THREADS=1 python benchmarks/cache.py [--model vit_t] [--image-size 512] [--slices 12] [--rounds 3] \
+        [--device auto] [--amp none] [--batch-size 1] [--csv FILE]
 
 A synthetic cohort; each method trains for three epochs in two fresh processes that alternate, with and without
 ``train.cache_gib``. The first epoch fills the cache; the table has the later ones, in wall clock and in CPU seconds of
 the process, medians over the rounds, and what was kept. Losses of both are compared. Random weights: they take the time
 of trained ones. `lora, last block` adapts the last block of the encoder alone, so that the blocks before it are kept.
+On a GPU: ``--model vit_b --image-size 1024 --amp bf16 --batch-size 8 --slices 64``.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -46,6 +49,10 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=512)
     parser.add_argument("--slices", type=int, default=12, help="Of an epoch; a case each.")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp", default="none")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--csv", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -63,6 +70,7 @@ def main() -> None:
         )
         store, _ = prepare(folder / "manifest.csv", folder / "cohort", folder / "prepared", build_config(SLICING))
         print(f"`{options.model}` at {options.image_size} px, {options.slices} slices of four modalities an epoch")
+        every: list[dict[str, Any]] = []
         print("| method | kept | wall s | CPU s | not kept, wall s | CPU s | wall ratio | MiB | losses apart |")
         print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
         for name, method in METHODS.items():
@@ -73,6 +81,7 @@ def main() -> None:
                     settings = {
                         "manifest": str(folder / "manifest.csv"),
                         "store": str(store),
+                        "device": options.device,
                         "run": str(folder / f"{name}-{number}-{kept}"),
                         "config": {
                             **SLICING,
@@ -80,7 +89,8 @@ def main() -> None:
                             "method": method,
                             "train": {
                                 "epochs": EPOCHS,
-                                "batch_size": 1,
+                                "batch_size": options.batch_size,
+                                "amp": options.amp,
                                 "cache_gib": kept,
                                 "validate_every": EPOCHS,
                             },
@@ -90,6 +100,7 @@ def main() -> None:
                     done = subprocess.run(command, capture_output=True, text=True, check=True)
                     pair[kept] = json.loads(done.stdout.splitlines()[-1])
                 rows.append((pair[4.0], pair[0.0]))
+                every += [{"method": name, "round": number, "cache_gib": gib, **one} for gib, one in pair.items()]
             with_it, without = ({k: median(r[i][k] for r in rows) for k in ("wall", "cpu")} for i in (0, 1))
             ratio = median(no["wall"] / yes["wall"] for yes, no in rows)
             apart = max(abs(yes["loss"] - no["loss"]) for yes, no in rows)
@@ -99,6 +110,11 @@ def main() -> None:
                 f"| {name} | {kept_as['point']} | {seconds} | {ratio:.1f} | {kept_as['mib']:.0f} | {apart:.1e} |",
                 flush=True,
             )
+        if options.csv:
+            with options.csv.open("w", newline="") as handle:
+                writer = csv.DictWriter(handle, list(every[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(every)
 
 
 def measured(settings: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +126,8 @@ def measured(settings: dict[str, Any]) -> dict[str, Any]:
     def clocked(self: Trainer, *args: Any) -> Any:
         wall, cpu = time.perf_counter(), time.process_time()
         found = whole(self, *args)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         epochs.append((time.perf_counter() - wall, time.process_time() - cpu))
         return found
 
@@ -120,7 +138,7 @@ def measured(settings: dict[str, Any]) -> dict[str, Any]:
         Path(settings["store"]),
         Path(settings["run"]),
         build_config(settings["config"]),
-        device="cpu",
+        device=settings["device"],
     )
     log = (Path(settings["run"]) / "log.csv").read_text().splitlines()
     loss = dict(zip(log[0].split(","), log[-1].split(","), strict=True))["loss"]

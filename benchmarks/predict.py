@@ -8,9 +8,11 @@ alternating round by round in one process, the first round dropped; ratios are m
 
 - official: `SamPredictor` image by image, as its notebook has it: `set_image` on an 8-bit RGB image (resized by PIL to
   the long side, normalised, padded), `predict` with a box, one image at a time; logits averaged over the modalities.
-  Written out from segment_anything 1.0, on its own `Sam`, because `SamPredictor` itself cannot be imported without
-  torchvision.
-- ours: `predict_slices`, a batch of slices with all their modalities; also in bf16 and, on CUDA, in TF32.
+  Written out from segment_anything 1.0, on its own `Sam` with its own image encoder, because `SamPredictor` itself
+  cannot be imported without torchvision. `vit_t` has no official encoder here: its official loop runs ours
+  (benchmarks/vit_t.py compares encoders).
+- ours: `predict_slices`, a batch of slices with all their modalities; also in bf16, on the unpadded grid (another
+  function at the border, as `model.grid` says) and, on CUDA, in TF32.
 - ours, second prompt: other boxes for the same case, from the embeddings of the first (`embed_case`).
 
 Seconds are of wall clock on CUDA, else CPU seconds. Peak memory is that of fresh processes. The share of the encoder is
@@ -86,12 +88,12 @@ def phantom(n_slices: int) -> tuple[PreparedSlices, Boxes, Boxes]:
     return case, boxes, others
 
 
-def official_sam(segmenter: Segmenter) -> Sam:
-    """Upstream's `Sam` around the very modules of ours."""
-    sam = segmenter.sam
+def official_sam(options: argparse.Namespace) -> Sam:
+    """Upstream's `Sam` with upstream's modules and the weights of ours."""
+    sam = build(options, attention="auto" if options.model == "vit_t" else "reference").sam
     return Sam(
         sam.image_encoder, sam.prompt_encoder, sam.mask_decoder, pixel_mean=list(PIXEL_MEAN), pixel_std=list(PIXEL_STD)
-    ).to(segmenter.device)
+    ).to(sam.pixel_mean.device)
 
 
 def official(sam: Sam, case: PreparedSlices, boxes: Boxes) -> np.ndarray:
@@ -125,10 +127,11 @@ def official(sam: Sam, case: PreparedSlices, boxes: Boxes) -> np.ndarray:
     return masks
 
 
-def build(options: argparse.Namespace) -> Segmenter:
+def build(options: argparse.Namespace, **settings: str) -> Segmenter:
     """The base model, nothing trained."""
+    model = {"name": options.model, "weights": options.weights, "image_size": options.image_size, **settings}
     return build_segmenter(
-        ModelConfig(name=options.model, weights=options.weights, image_size=options.image_size),
+        ModelConfig.model_validate(model),
         MethodConfig(name="zero_shot"),
         FusionConfig(),
         MODALITIES,
@@ -138,15 +141,19 @@ def build(options: argparse.Namespace) -> Segmenter:
     )
 
 
-def variants(segmenter: Segmenter, n_slices: int) -> dict[str, Callable[[], Any]]:
+def variants(segmenter: Segmenter, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """What is compared, by name."""
+    n_slices = options.slices
     case, boxes, others = phantom(n_slices)
-    sam = official_sam(segmenter)
+    sam = official_sam(options)
+    unpadded = build(options, grid="unpadded")
     found = embed_case(segmenter, case, PredictOptions(batch_size=n_slices))
     work: dict[str, Callable[[], Any]] = {
         "ours": lambda: predict_slices(segmenter, case, boxes, PredictOptions()),
         "official": lambda: official(sam, case, boxes),
         "ours, bf16": lambda: predict_slices(segmenter, case, boxes, PredictOptions(amp="bf16")),
+        "ours, unpadded": lambda: predict_slices(unpadded, case, boxes, PredictOptions()),
+        "ours, unpadded, bf16": lambda: predict_slices(unpadded, case, boxes, PredictOptions(amp="bf16")),
         "ours, second prompt": lambda: predict_slices(segmenter, case, others, PredictOptions(), found),
         "encoder alone": lambda: embed_case(segmenter, case, PredictOptions()),
     }
@@ -176,13 +183,13 @@ def peak_mib(name: str) -> float:
 
 def child(name: str, options: argparse.Namespace) -> None:
     """Do one variant and print the peak of this process, or of its GPU, in MiB."""
-    segmenter = build(options)
     case, boxes, _ = phantom(options.slices)
     if name == "official":
-        official(official_sam(segmenter), case, boxes)
+        official(official_sam(options), case, boxes)
     else:
-        predict_slices(segmenter, case, boxes, PredictOptions(amp="bf16" if name == "ours, bf16" else "none"))
-    if segmenter.device.type == "cuda":
+        segmenter = build(options, grid="unpadded" if "unpadded" in name else "padded")
+        predict_slices(segmenter, case, boxes, PredictOptions(amp="bf16" if "bf16" in name else "none"))
+    if choose_device(options.device).type == "cuda":
         print(torch.cuda.max_memory_allocated() / 2**20)
         return
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -233,7 +240,7 @@ def main() -> None:
     segmenter = build(options)
     title = f"{options.model} at {options.image_size} px, {segmenter.device}"
     print(f"{title}; load before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    work = variants(segmenter, options.slices)
+    work = variants(segmenter, options)
     taken: dict[str, list[float]] = {name: [] for name in work}
     results: dict[str, Any] = {}
     for index in range(options.rounds + 1):
@@ -253,7 +260,7 @@ def main() -> None:
     for name, (value, ratio) in rows.items():
         print(f"  {name:<20}{value:8.3f} s per slice  {ratio:5.2f} x ours")
         table.append((name, value, "s per slice", ratio))
-    for name in () if options.no_memory else ("ours", "ours, bf16", "official"):
+    for name in () if options.no_memory else ("ours", "ours, bf16", "ours, unpadded, bf16", "official"):
         mib = peak_mib(name)
         print(f"  peak memory, {name}: {mib:.0f} MiB")
         table.append((name, mib, "MiB", ""))

@@ -4,10 +4,11 @@
 
 An image of 700 x 1024 with one box goes through encoder and decoder to a scalar and back; weights are random (cost does
 not depend on them). *official* is segment_anything's own encoder code with the same LoRA branches and decoder. Every
-round runs one fresh process per variant, alternating; each does the step `--steps` times and reports the last. CPU:
-seconds of CPU time, as other work may run beside it, and the peak of resident memory. CUDA (taken where there is one):
-seconds of wall clock between synchronisations over `--steps` repetitions after as many to warm up, and the peak of
-allocated memory; add ``--compile`` for torch.compile. Rows are written as soon as they are measured.
+round runs one fresh process per variant, alternating; each does the step `--steps` times and reports the last, then
+once more to count what it keeps for the backward pass. CPU: seconds of CPU time, as other work may run beside it, and
+the peak of resident memory. CUDA (taken where there is one): seconds of wall clock between synchronisations over
+`--steps` repetitions after as many to warm up, and the peak of allocated memory; add ``--compile`` for torch.compile.
+Rows are written as soon as they are measured; a variant that fails (out of memory, say) is named, and the others go on.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+_WARM_UP = 5
 SHAPE = 138, 202  # a crop that the model frame of 1024 px shows at 700 x 1024
 
 # Attention, grid, autocast, checkpointing, whether the encoder's qkv has LoRA.
@@ -50,6 +52,7 @@ COLUMNS = (
     "threads",
     "compiled",
     "seconds",
+    "wall_s",
     "user_s",
     "system_s",
     "saved_mib",
@@ -88,18 +91,15 @@ def child(variant: str, options: argparse.Namespace) -> None:
     boxes = torch.tensor([[0.2, 0.2, 0.6, 0.6]] * options.images, device=device) * size
     forward = torch.compile(total) if options.compile else total
 
-    def step() -> int:
+    def step() -> None:
         model.zero_grad(set_to_none=True)
         pixels.grad = None
-        with SavedBytes(model) as saved:
-            loss = forward(model, pixels, boxes, amp)
-        loss.backward()
-        return saved.total
+        forward(model, pixels, boxes, amp).backward()
 
     result: dict[str, Any] = {"device": device.type, "compiled": options.compile}
     if device.type == "cuda":
         for _ in range(options.steps):
-            saved = step()
+            step()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
@@ -110,17 +110,21 @@ def child(variant: str, options: argparse.Namespace) -> None:
         result["peak_mib"] = torch.cuda.max_memory_allocated() / MIB
     else:
         for _ in range(options.steps):
-            before = resource.getrusage(resource.RUSAGE_SELF)
-            saved = step()
+            before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+            step()
+            result["wall_s"] = time.perf_counter() - started
             after = resource.getrusage(resource.RUSAGE_SELF)
         result |= {"user_s": after.ru_utime - before.ru_utime, "system_s": after.ru_stime - before.ru_stime}
         result["seconds"] = result["user_s"] + result["system_s"]
         result["peak_mib"] = after.ru_maxrss / 1024
-    result["saved_mib"] = saved / MIB
-    if lora and not options.compile:
-        found = dry(
-            StepOptions(options.model, method, frame, options.images, options.image_size, amp, attention, checkpointing)
-        )
+    # In a pass of its own, as counting takes time; uncompiled, which keeps what is written in the modules.
+    with SavedBytes(model) as saved:
+        total(model, pixels, boxes, amp)
+    result["saved_mib"] = saved.total / MIB
+    # Of fused CUDA kernels torch counts no operations: there the products are those of the same step in pieces.
+    if lora:
+        way = "chunked" if device.type == "cuda" and attention == "auto" else attention
+        found = dry(StepOptions(options.model, method, frame, options.images, options.image_size, amp, way))
         result["tflop"] = (found.forward_flops + found.backward_flops) / 1e12
     result["gemm_gflop_per_s"] = ceiling(device, torch.bfloat16 if amp == "bf16" else torch.float32)
     if "tflop" in result:
@@ -129,35 +133,47 @@ def child(variant: str, options: argparse.Namespace) -> None:
 
 
 def ceiling(device: Any, dtype: Any) -> float:
-    """GFLOP/s of a matrix product of the MLP's shape, the best of five: what the machine gives at that moment."""
+    """GFLOP/s of a matrix product of the MLP's shape, the median of fifty: what the machine gives at that moment."""
     import torch
 
+    from medsam_lora.models.precision import resolve_amp
+
     a, b = (torch.randn(n, m, device=device, dtype=dtype) for n, m in ((2816, 768), (768, 3072)))
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        a, b = a[:256], b  # emulated where the processor has no bfloat16
-    best = float("inf")
+    if device.type == "cpu" and dtype == torch.bfloat16 and resolve_amp("auto", device) != "bf16":
+        a = a[:256]  # emulated where the processor has no bfloat16
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    for _ in range(5):
+    taken = []
+    for _ in range(_WARM_UP + 50):
         started = clock()
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize()
-        best = min(best, clock() - started)
-    return 2 * a.shape[0] * a.shape[1] * b.shape[1] / best / 1e9
+        taken.append(clock() - started)
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1] / median(taken[_WARM_UP:]) / 1e9
 
 
 def summary(rows: list[dict[str, Any]], variants: list[str]) -> str:
     """A Markdown table: medians, and medians of the per-round ratios to the first variant."""
+    first = variants[0]
     lines = [
-        f"| variant | s | {variants[0]} / this | saved MiB | share | peak MiB | TFLOP | of the GEMM rate |",
+        f"| variant | s | {first} / this | saved MiB | share | peak MiB | TFLOP | of the GEMM rate |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     by_round = {(row["round"], row["variant"]): row for row in rows}
+    # The first variant may have failed; then there is nothing to compare with.
+    variants = [v for v in variants if any(row["variant"] == v for row in rows)]
+    if not variants:
+        return "nothing was measured"
+    lines[0] = lines[0].replace(first, variants[0])
     rounds = sorted({row["round"] for row in rows})
     for variant in variants:
         mine = [by_round[r, variant] for r in rounds if (r, variant) in by_round]
-        pairs = [(by_round[r, variants[0]], by_round[r, variant]) for r in rounds if (r, variant) in by_round]
-        if not mine:
+        pairs = [
+            (by_round[r, variants[0]], by_round[r, variant])
+            for r in rounds
+            if (r, variant) in by_round and (r, variants[0]) in by_round
+        ]
+        if not pairs:
             continue
         speed = median(a["seconds"] / b["seconds"] for a, b in pairs)
         saved = median(b["saved_mib"] / a["saved_mib"] for a, b in pairs)
@@ -208,7 +224,10 @@ def main() -> None:
         for r in range(options.rounds):
             for variant in options.variants:
                 command = [sys.executable, __file__, *sys.argv[1:], "--child", variant]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+                if done.returncode:
+                    print(f"{variant}: failed ({done.returncode})", file=sys.stderr)
+                    continue
                 fixed = {"round": r, "model": options.model, "variant": variant, "images": options.images}
                 rows.append(fixed | {"threads": options.threads} | json.loads(done.stdout.splitlines()[-1]))
                 writer.writerow(rows[-1])
