@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from medsam_lora.errors import DataError
+from medsam_lora.models.allocator import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +68,8 @@ def in_batches(
 def _fits(work: Callable[[list[int]], None], chunk: list[int]) -> bool:
     try:
         work(chunk)
-    except torch.OutOfMemoryError:
-        return False
-    except RuntimeError as error:
-        # What the CPU's allocator raises has no class of its own (c10/core/impl/alloc_cpu.cpp).
-        if "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         return False
     return True

@@ -18,6 +18,7 @@ _GZIP_BITS: Final = 16 + 15  # zlib.h: 16 asks for gzip's header and trailer, 15
 # What is given to and taken from the inflater at a time: input is copied again as long as it is not used up.
 _INPUT: Final = 2**17
 _OUTPUT: Final = 2**20
+_PADDING: Final = 2**9  # a block of a tape
 
 
 class InflateError(Exception):
@@ -126,4 +127,10 @@ class GzipStream:
 
 
 def _leading_zeros(data: memoryview) -> int:
-    return len(data) - len(bytes(data).lstrip(b"\0"))
+    # Looked at piece by piece, and rarely beyond the first: a file may have thousands of members.
+    for start in range(0, len(data), _PADDING):
+        piece = bytes(data[start : start + _PADDING])
+        rest = len(piece.lstrip(b"\0"))
+        if rest:
+            return start + len(piece) - rest
+    return len(data)

@@ -1,7 +1,7 @@
-"""Keeping freed memory in the process, so that a CPU does not fault the same pages in again at every layer.
+"""Memory of the process: freed memory is kept, and what says that there is none is known.
 
 glibc takes blocks above 32 MiB from the kernel and gives them back at once. The activations of an image encoder are
-such blocks: without this, a third of the time of a forward pass on a CPU is the kernel clearing pages
+such blocks: without keeping them, a third of the time of a forward pass on a CPU is the kernel clearing pages
 (`benchmarks/allocator.py` measures it).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from typing import Final
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -55,3 +56,29 @@ def release_freed_memory() -> bool:
         return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
     except (OSError, AttributeError):
         return False
+
+
+# Of the CPU's allocator (c10/core/impl/alloc_cpu.cpp) and of CUDA's libraries, whose errors have no class of their own.
+_OUT_OF_MEMORY: Final = (
+    "can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on the device or on the host.
+
+    Examples
+    --------
+    >>> is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 1 bytes"))
+    True
+    >>> is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    False
+    """
+    # torch's own class by its name: this module is imported where torch is not.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -13,6 +13,7 @@ import json
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,7 +49,7 @@ class EmbeddingCache:
     hits, misses : int
         Slices found and not found so far.
     full : bool
-        Whether an entry was left out for want of room.
+        Whether an entry was left out for want of room, or because it could not be written.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], max_bytes: int, writers: int = 1) -> None:
@@ -104,10 +105,17 @@ class EmbeddingCache:
                 )
             self.full = True
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{key}.{_NAMES[bits.dtype]}.npy"
         partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
-        with partial.open("wb") as handle:
-            np.save(handle, bits.view(torch.int32 if bits.element_size() == 4 else torch.int16).numpy())
-        partial.replace(path)
-        self.bytes += path.stat().st_size
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as handle:
+                np.save(handle, bits.view(torch.int32 if bits.element_size() == 4 else torch.int16).numpy())
+            partial.replace(path)
+            self.bytes += path.stat().st_size
+        except OSError as error:
+            # A cache saves time; a full disk is no reason to lose what has been trained.
+            self.full, self.max_bytes = True, 0
+            logger.warning("the cache cannot be written (%s), so further slices are computed each time", error)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)

@@ -130,7 +130,7 @@ class StepOptions:
     frame : tuple of int, (h, w)
         What is encoded, in model pixels.
     images : int
-        Slices times modalities.
+        Slices times modalities; a method that looks at stacks encodes so many stacks.
     image_size : int, optional
         Side of the model frame; the model's own by default.
     amp : str
@@ -169,14 +169,14 @@ def dry(options: StepOptions) -> Footprint:
     fused = kept_by_fused_kernels() if options.device == "cuda" else nullcontext()
     with fake_tensors(), fused:
         model = blank(options.model, options.image_size, grid="unpadded", attention=way)
-        attach(model, options.method, 0)
+        depth = attach(model, options.method, 0).report.depth
         model.image_encoder.checkpointing = options.checkpointing  # type: ignore[assignment]
-        pixels = torch.empty(options.images, 3, *options.frame)
+        pixels = torch.empty(options.images * depth, 3, *options.frame)
         boxes = torch.empty(options.images, 4)
-        return count(model, lambda: total(model, pixels, boxes, options.amp))
+        return count(model, lambda: total(model, pixels, boxes, options.amp, depth))
 
 
-def total(model: SamModel, pixels: Tensor, boxes: Tensor, amp: str = "none") -> Tensor:
+def total(model: SamModel, pixels: Tensor, boxes: Tensor, amp: str = "none", depth: int = 1) -> Tensor:
     """A scalar of all outputs of a model, under autocast; the stand-in for a loss where only cost matters.
 
     Parameters
@@ -186,9 +186,14 @@ def total(model: SamModel, pixels: Tensor, boxes: Tensor, amp: str = "none") -> 
         See `SamModel.forward`.
     amp : str
         See `models.precision.autocast`.
+    depth : int
+        Slices of a stack, the middle one of which has the box (`Report.depth`); `pixels` are so many for each box.
     """
     with autocast(pixels.device, amp):
-        logits, iou = model(pixels, boxes)
+        embedding = model.encode(pixels)
+        if depth > 1:
+            embedding = embedding.unflatten(0, (-1, depth))[:, depth // 2]
+        logits, iou = model.decode(embedding, boxes)
     return logits.float().mean() + iou.float().mean()
 
 

@@ -250,12 +250,7 @@ def build(
         For an unknown model, or weights that are missing, damaged, or of another model.
     """
     spec = model_spec(name)
-    if grid == "unpadded" and attention == "reference" and name != "vit_t":
-        raise ConfigError(
-            "model.attention=reference is segment_anything's own code, which stretches relative positions over an "
-            "unpadded grid instead of taking the part that belongs there",
-            remedy="Set model.attention=auto, or model.grid=padded.",
-        )
+    check_attention(name, grid, attention)
     size = _checked_size(spec.image_size if image_size is None else image_size)
     state, digest, path = _read(name, weights or "official")
     with torch.random.fork_rng(devices=[]):
@@ -277,6 +272,26 @@ def build(
     if isinstance(encoder, ImageEncoderViT):
         model.image_encoder = GridEncoder(encoder, attention)
     return model.eval()
+
+
+def check_attention(name: str, grid: str, attention: str) -> None:
+    """Refuse upstream's attention on the unpadded grid.
+
+    Parameters
+    ----------
+    name, grid, attention : str
+        See `build`.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if grid == "unpadded" and attention == "reference" and name != "vit_t":
+        raise ConfigError(
+            "model.attention=reference is segment_anything's own code, which stretches relative positions over an "
+            "unpadded grid instead of taking the part that belongs there",
+            remedy="Set model.attention=auto, or model.grid=padded.",
+        )
 
 
 def blank(name: str, image_size: int | None = None, *, grid: str = "padded", attention: str = "auto") -> SamModel:

@@ -6,12 +6,14 @@ run, in seconds, on any machine, and without the card.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from medsam_lora.config import Config
 from medsam_lora.models.footprint import MIB, Footprint, StepOptions, dry
+from medsam_lora.models.sam import check_attention
 from medsam_lora.models.weights import model_spec
 from medsam_lora.transforms.resizing import covered_frame
 
@@ -40,13 +42,14 @@ def plan(config: Config, *, device: str = "cpu", memory_gib: float | None = None
     Returns
     -------
     dict
-        Plain data: ``parameters``, ``trainable``, ``images_per_step``, ``frame``, ``crop``, ``saved_mib`` (kept for the
-        backward pass), ``peak_mib`` (tensors: weights, gradients, optimiser and the largest moment of a step; not the
-        interpreter, libraries, a CUDA context or what an allocator holds back, for which see `USABLE`),
-        ``largest_batch`` (slices, None without `memory_gib`, 0 where one does not fit), ``tflop_per_step`` (None for
-        CUDA), ``settings``, ``device``.
+        Plain data: ``parameters``, ``trainable``, ``images_per_step`` (of a process), ``processes``, ``frame``,
+        ``crop``, ``saved_mib`` (kept for the backward pass), ``peak_mib`` (tensors: weights, gradients, optimiser and
+        the largest moment of a step; not the interpreter, libraries, a CUDA context or what an allocator holds back,
+        for which see `USABLE`), ``largest_batch`` (slices of all processes, None without `memory_gib`, 0 where one does
+        not fit), ``tflop_per_step`` (None for CUDA), ``settings``, ``device``.
     """
     model, train = config.model, config.train
+    check_attention(model.name, model.grid, model.attention)
     size = model.image_size or model_spec(model.name).image_size
     crop = _crop(config)
     amp = ("bf16" if device == "cuda" else "none") if train.amp == "auto" else train.amp
@@ -63,7 +66,8 @@ def plan(config: Config, *, device: str = "cpu", memory_gib: float | None = None
     )
     one, two = dry(step), dry(replace(step, images=2))
     n_modalities = len(config.data.modalities)
-    images = train.batch_size * n_modalities
+    # Each process has the model, and its share of a batch; on the CPU they share the memory.
+    images = math.ceil(train.batch_size / train.processes) * n_modalities
     fixed = _FLOAT * (one.parameters + _ADAM_COPIES * one.trainable)
 
     def peak(n: int) -> int:
@@ -71,10 +75,10 @@ def plan(config: Config, *, device: str = "cpu", memory_gib: float | None = None
 
     largest = None
     if memory_gib is not None:
-        room = USABLE[device] * memory_gib * 1024 * MIB
+        room = USABLE[device] * memory_gib * 1024 * MIB / (train.processes if device == "cpu" else 1)
         per_slice = peak(1 + n_modalities) - peak(1)
         first = peak(n_modalities)
-        largest = 0 if first > room else 1 + int((room - first) // max(1, per_slice))
+        largest = 0 if first > room else train.processes * (1 + int((room - first) // max(1, per_slice)))
     return {
         "settings": _settings(config),
         "device": device,
@@ -82,6 +86,7 @@ def plan(config: Config, *, device: str = "cpu", memory_gib: float | None = None
         "parameters": one.parameters,
         "trainable": one.trainable,
         "images_per_step": images,
+        "processes": train.processes,
         "crop": list(crop),
         "crop_assumed": config.crop.name == "brain_box" and config.crop.size is None,
         "frame": list(step.frame),
@@ -98,13 +103,14 @@ def as_text(info: Mapping[str, Any]) -> str:
     found = info
     batch = found["images_per_step"] // len(found["settings"]["modalities"])
     crop = " x ".join(map(str, found["crop"])) + (" (assumed: crop.size is not set)" if found["crop_assumed"] else "")
+    each = "" if found["processes"] == 1 else f"in each of {found['processes']} processes "
     settings = {k: v for k, v in found["settings"].items() if k != "modalities"}
     beside = "; resident up to twice that, and the interpreter" if found["device"] == "cpu" else ", and a CUDA context"
     lines = [
         ", ".join(f"{name} {value}" for name, value in settings.items()),
         f"on          {found['device']}, autocast {found['amp']}",
         f"parameters  {found['parameters']:,}, of which {found['trainable']:,} are trained",
-        f"step        {batch} slices of {len(found['settings']['modalities'])} modalities: "
+        f"step        {each}{batch} slices of {len(found['settings']['modalities'])} modalities: "
         f"{found['images_per_step']} images of {found['frame'][0]} x {found['frame'][1]} px, crop {crop}",
         f"saved       {found['saved_mib']:,} MiB for the backward pass",
         f"peak        {found['peak_mib']:,} MiB of tensors" + beside,

@@ -19,10 +19,10 @@ from medsam_lora.inference.predictor import PredictOptions, validate_case
 from medsam_lora.io.files import write_bytes_atomically
 from medsam_lora.io.tables import write_table
 from medsam_lora.models import MODELS
-from medsam_lora.models.allocator import keep_freed_memory
+from medsam_lora.models.allocator import is_out_of_memory, keep_freed_memory
 from medsam_lora.models.assemble import adapter_metadata, build_segmenter, choose_device, load_segmenter
 from medsam_lora.models.checkpoint import save_adapter
-from medsam_lora.models.precision import resolve_amp
+from medsam_lora.models.precision import float32_products, resolve_amp
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft import method_spec
 from medsam_lora.prompts import REFERENCE_BOX
@@ -31,7 +31,7 @@ from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.stages.training_cases import check_cases, check_neighbours, find_store, first_slices, split_cases
 from medsam_lora.training.dataset import PromptOptions, SliceDataset
 from medsam_lora.training.distributed import Group, check_gpus, joined, launch, under_torchrun
-from medsam_lora.training.guards import peak_memory_mib, reset_peak_memory
+from medsam_lora.training.guards import deterministic, peak_memory_mib, reset_peak_memory
 from medsam_lora.training.log import LOG_COLUMNS
 from medsam_lora.training.loop import Trainer
 
@@ -264,6 +264,15 @@ def _fit(
 
     try:
         return trainer.fit(note)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"memory ran out with {options.batch_size} slices of {len(segmenter.modalities)} modalities at a time",
+            path=run,
+            remedy="Lower train.batch_size and raise train.accumulation by as much, or set train.checkpointing=true; "
+            "medsam-lora info --plan CONFIG says what fits.",
+        ) from error
     finally:
         if events is not None:
             events.close()
@@ -319,13 +328,14 @@ def check_reloaded(
     # Embeddings computed in another batch differ in their last bits, which is not what is asked here.
     reloaded.cache, reloaded.cache_point = segmenter.cache, segmenter.cache_point
     prompt = config.prompt
-    pairs = [
-        tuple(
-            validate_case(model, case, prompt.boxes, prompt.min_component_voxels, options).dice
-            for model in (segmenter, reloaded)
-        )
-        for case in cases
-    ]
+    with deterministic(), float32_products(device, config.train.amp):
+        pairs = [
+            tuple(
+                validate_case(model, case, prompt.boxes, prompt.min_component_voxels, options).dice
+                for model in (segmenter, reloaded)
+            )
+            for case in cases
+        ]
     worst = max(abs(a - b) for a, b in pairs)
     if worst > 1e-6:
         raise TrainingError(

@@ -89,7 +89,21 @@ class Group:
 
 def under_torchrun() -> bool:
     """Whether this process is one of several that ``torchrun`` or `launch` started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return _number("WORLD_SIZE", 1) > 1
+
+
+def _number(name: str, default: int | None = None) -> int:
+    """A whole number that a launcher put into the environment."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        raise ConfigError(
+            f"the environment has WORLD_SIZE={os.environ.get('WORLD_SIZE')}, as under torchrun, but "
+            + (f"no {name}" if text is None else f"{name}={text!r}"),
+            remedy="Unset WORLD_SIZE, or start with torchrun, which sets all of them.",
+        )
+    return int(text)
 
 
 @contextmanager
@@ -109,17 +123,18 @@ def joined(device: str) -> Iterator[tuple[Group, str]]:
     if not under_torchrun():
         yield Group(), device
         return
+    rank, size = _number("RANK"), _number("WORLD_SIZE")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        device = f"cuda:{_number('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     elif device == "auto":
         device = "cpu"
     dist.init_process_group(
         "nccl" if device.startswith("cuda") else "gloo",
         init_method=_meeting_place(),
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
+        rank=rank,
+        world_size=size,
     )
     try:
         yield Group(dist.get_rank(), dist.get_world_size()), device

@@ -50,13 +50,19 @@ def reset_peak_memory(device: torch.device) -> None:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Deterministic kernels where torch has them, a warning where it has none; the setting before is put back."""
+    """Deterministic kernels where torch has them, a warning where it has none; the settings before are put back."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_before = torch.is_deterministic_algorithms_warn_only_enabled()
+    # On by default with deterministic kernels: every new tensor would be written once more. Nothing here reads memory
+    # that it has not written.
+    settings: Any = torch.utils.deterministic  # whose one attribute is made by its class
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
+        settings.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(before, warn_only=warn_before)
 
 

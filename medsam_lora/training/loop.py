@@ -106,6 +106,8 @@ class Trainer:
         self.progress = Progress()
         self.stopping = EarlyStopping(options.patience)
         self.best_state: dict[str, torch.Tensor] | None = None
+        # One for all validations: it remembers the batch that fitted, where memory ran out.
+        self.predicting = PredictOptions(options.batch_size, options.amp)
         self.weights = LossWeights(options.dice_weight, options.bce_weight, options.focal_share, options.focal_gamma)
         self.optimiser = build_optimiser(segmenter, options)
         segmenter.sam.image_encoder.checkpointing = options.checkpointing  # type: ignore[assignment]
@@ -199,27 +201,31 @@ class Trainer:
                 output = self.called(batch.z, batch.boxes, tokens=ALL_TOKENS)
         target = batch.masks[:, self.segmenter.token_regions]
         terms = segmentation_loss(output.logits, output.iou, target, self.segmenter.main_tokens, self.weights)
-        if not torch.isfinite(terms.total):
-            raise TrainingError(
-                f"the loss is {terms.total.item()} in epoch {self.progress.epoch}",
-                remedy="Lower train.lr, or train in train.amp=none or bf16.",
-            )
         # The mean over the slices of the update; the processes' gradients are averaged, not added.
         self.scaler.scale(terms.total * (n * self.group.size / n_slices)).backward()
         with torch.no_grad():
             main = output.logits[:, self.segmenter.main_tokens]
             reference = target[:, self.segmenter.main_tokens].float()
             iou = hard_iou(main, reference)
-            sums = {
-                "loss": terms.total.item() * n,
-                "loss_dice": terms.dice.item() * n,
-                "loss_bce": terms.bce.item() * n,
-                "loss_focal": terms.focal.item() * n,
-                "loss_iou": terms.iou.item() * n,
-                "train_dice": (2 * iou / (1 + iou)).mean(dim=1).sum().item(),
-                "predicted_voxels": (main > 0).sum().item(),
-                "reference_voxels": reference.sum().item(),
+            found = {
+                "loss": terms.total * n,
+                "loss_dice": terms.dice * n,
+                "loss_bce": terms.bce * n,
+                "loss_focal": terms.focal * n,
+                "loss_iou": terms.iou * n,
+                "train_dice": (2 * iou / (1 + iou)).mean(dim=1).sum(),
+                "predicted_voxels": (main > 0).sum(),
+                "reference_voxels": reference.sum(),
             }
+            # Read from the device once, with the backward pass on its way; in float64, which counts every voxel.
+            values = torch.stack([value.double() for value in found.values()]).tolist()
+            sums = dict(zip(found, values, strict=True))
+        if not math.isfinite(sums["loss"]):
+            # No update has seen it.
+            raise TrainingError(
+                f"the loss is {sums['loss']} in epoch {self.progress.epoch}",
+                remedy="Lower train.lr, or train in train.amp=none or bf16.",
+            )
         everyone = self.group.total(sums if n else dict.fromkeys(sums, 0.0))
         for name, value in everyone.items():
             self._add(name, value)
@@ -233,8 +239,11 @@ class Trainer:
         self.scaler.unscale_(self.optimiser)
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.options.clip_norm or math.inf)
-        self._add("grad_norm", float(norm))
-        self._add("updates", 1)
+        length = float(norm)
+        # In fp16 an update whose gradients overflow is left out by the scaler, which then scales less.
+        if math.isfinite(length) or not self.scaler.is_enabled():
+            self._add("grad_norm", length)
+            self._add("updates", 1)
         self.scaler.step(self.optimiser)
         self.scaler.update()
 
@@ -266,8 +275,7 @@ class Trainer:
 
     def _validate(self, case: PreparedSlices) -> Any:
         prompts = self.dataset.prompts
-        options = PredictOptions(self.options.batch_size, self.options.amp)
-        return validate_case(self.segmenter, case, prompts.kind, prompts.min_voxels, options)
+        return validate_case(self.segmenter, case, prompts.kind, prompts.min_voxels, self.predicting)
 
     def _add(self, name: str, value: float) -> None:
         self.progress.sums[name] = self.progress.sums.get(name, 0.0) + float(value)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from medsam_lora.cli import app
 from medsam_lora.config import build_config
+from medsam_lora.errors import ConfigError
 from medsam_lora.stages.plan import USABLE, as_text, plan
 
 MEASURE = """
@@ -104,3 +105,32 @@ def test_the_command(tmp_path: Path) -> None:
 
 def test_the_text_says_what_to_do_where_nothing_fits() -> None:
     assert "train.checkpointing=true" in as_text(plan(build_config(settings(False)), memory_gib=0.05))
+
+
+def test_stacks_of_slices_are_planned() -> None:
+    """Each slice takes its neighbours through the encoder."""
+    model = {"name": "vit_nano", "weights": "random", "image_size": 64}
+    method = {"name": "sd_trans", "bottleneck": 4}
+    plane, stacks = (plan(build_config({"model": model, "method": {**method, "depth": d}})) for d in (1, 3))
+    assert 2 < stacks["saved_mib"] / plane["saved_mib"] < 4
+    assert stacks["images_per_step"] == plane["images_per_step"]
+
+
+def test_processes_share_a_batch() -> None:
+    model = {"name": "vit_nano", "weights": "random", "image_size": 64}
+    one, two = (
+        plan(build_config({"model": model, "train": {"batch_size": 5, "processes": n}}), device="cuda", memory_gib=8)
+        for n in (1, 2)
+    )
+    assert (one["images_per_step"], two["images_per_step"]) == (20, 12) and two["saved_mib"] < one["saved_mib"]
+    assert two["largest_batch"] == 2 * one["largest_batch"] > 0
+    assert "in each of 2 processes" in as_text(two) and "processes" not in as_text(one)
+    on_cpu = plan(build_config({"model": model, "train": {"processes": 2}}), device="cpu", memory_gib=8)
+    alone = plan(build_config({"model": model}), device="cpu", memory_gib=8)
+    assert alone["largest_batch"] // 2 - 4 <= on_cpu["largest_batch"] <= alone["largest_batch"]
+
+
+def test_what_training_refuses_is_not_planned() -> None:
+    config = build_config({"model": {"name": "vit_nano", "grid": "unpadded", "attention": "reference"}})
+    with pytest.raises(ConfigError, match="attention=reference"):
+        plan(config)

@@ -15,6 +15,7 @@ from medsam_lora.stages.manifest import build_manifest
 from medsam_lora.stages.predict import predict
 from medsam_lora.stages.prepare import prepare
 from medsam_lora.stages.train import train
+from medsam_lora.training.loop import Trainer
 
 SETTINGS = {
     "data": {"modalities": ["t1c", "t2f"]},
@@ -36,6 +37,19 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     store, outcome = prepare(manifest, folder / "cases", folder / "prepared", config(name="lora"))
     assert not outcome.failed
     return manifest, folder / "cases", store
+
+
+def test_memory_that_runs_out_is_one_clear_error(
+    cohort: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, _, store = cohort
+
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Trainer, "_forward_backward", full)
+    with pytest.raises(TrainingError, match=r"with 2 slices of 2 modalities.*train\.batch_size.*info --plan"):
+        train(manifest, store, tmp_path / "run", config(name="lora", rank=2), device="cpu")
 
 
 def test_stacks_without_neighbours_are_refused(cohort: tuple[Path, Path, Path], tmp_path: Path) -> None:

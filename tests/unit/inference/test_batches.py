@@ -21,6 +21,8 @@ from medsam_lora.records import PreparedSlices
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    MemoryError(),
 ]
 
 
@@ -66,7 +68,7 @@ def room_for(segmenter: Segmenter, n_images: int, monkeypatch: pytest.MonkeyPatc
     return asked
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu", "cudnn", "host"])
 def test_batches_are_halved_until_they_fit_and_the_masks_are_the_same(
     segmenter: Segmenter,
     case: PreparedSlices,

@@ -7,6 +7,7 @@ import gzip
 import numpy as np
 import pytest
 
+from medsam_lora.io import inflate
 from medsam_lora.io.inflate import GzipStream, InflateError, OverBudget
 
 # Longer than the inflater's pieces of input and output, partly incompressible and partly zeros.
@@ -43,6 +44,36 @@ def test_members_follow_each_other_and_padding_and_junk_follow_them() -> None:
     content, stream = whole(data, 100)
     assert content == b"brain tumour" == gzip.decompress(data[:-104])
     assert stream.ended and stream.junk == 4
+
+
+def test_thousands_of_members_cost_what_their_bytes_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind each member the next is looked for; not in all that is left of the file."""
+    data = b"".join(gzip.compress(bytes([n % 256])) for n in range(3000)) + bytes(10_000)
+    looked_at = 0
+    leading_zeros = inflate._leading_zeros
+
+    class Counted:
+        """The rest of the file, which counts the bytes that are read of it."""
+
+        def __init__(self, view: memoryview) -> None:
+            self.view = view
+
+        def __len__(self) -> int:
+            return len(self.view)
+
+        def __bytes__(self) -> bytes:
+            nonlocal looked_at
+            looked_at += len(self.view)
+            return bytes(self.view)
+
+        def __getitem__(self, part: slice) -> Counted:
+            return Counted(self.view[part])
+
+    monkeypatch.setattr(inflate, "_leading_zeros", lambda view: leading_zeros(Counted(view)))
+    content, stream = whole(data, 4000)
+    assert content == bytes(n % 256 for n in range(3000))
+    assert stream.finish(0) == 0 and stream.ended and stream.junk == 0
+    assert looked_at < 3000 * 1024 + 20_000 < len(data) * 3000 / 10
 
 
 @pytest.mark.parametrize("missing", [1, 4, 8, 9, 1000])

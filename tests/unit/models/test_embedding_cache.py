@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +150,23 @@ def test_a_damaged_entry_is_computed_again(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:200])
     assert torch.equal(model(z, BOXES).logits, plain.logits)
     assert torch.equal(model(z, BOXES).logits, plain.logits)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk: said once, nothing half-written left, and the results are the same."""
+    model, z = segmenter(), slices()
+    plain = model(z, BOXES)
+
+    def full(handle: object, array: np.ndarray) -> None:
+        handle.write(b"half of it")  # type: ignore[attr-defined]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("medsam_lora.models.embedding_cache.np.save", full)
+    model.use_cache(tmp_path, ROOM, "none")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert torch.equal(model(z, BOXES).logits, plain.logits)
+    assert caplog.text.count("No space left on device") == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

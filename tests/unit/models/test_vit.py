@@ -221,3 +221,10 @@ def test_a_module_written_for_the_official_block_runs_in_ours() -> None:
             block.attn = Upstream(block.attn)
     pixels = noise(1, 3, 80, 80).double()
     assert torch.allclose(ours(pixels), official(pixels), rtol=0, atol=1e-12)
+
+
+def test_the_way_for_gpus_is_one_graph() -> None:
+    """What breaks a graph keeps torch.compile from helping: 12 blocks with a break each are 13 pieces."""
+    module = GridEncoder(encoder(), "augmented")
+    found = torch._dynamo.explain(module)(noise(1, 3, 80, 80))
+    assert (found.graph_count, found.graph_break_count) == (1, 0)

@@ -105,6 +105,25 @@ def test_an_error_in_one_process_is_that_of_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"WORLD_SIZE": "2"}, "no RANK"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
+        ({"WORLD_SIZE": "2", "RANK": ""}, "RANK=''"),
+    ],
+)
+def test_half_of_what_torchrun_sets_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], text: str
+) -> None:
+    """Left behind in a shell, say."""
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{text}.*Unset WORLD_SIZE"), joined("cpu"):
+        pass
+
+
+@pytest.mark.parametrize(
     ("device", "gpus", "remedy"),
     [
         ("cpu", 0, None),

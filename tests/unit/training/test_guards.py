@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from medsam_lora.training.guards import peak_memory_mib, reset_peak_memory
+from medsam_lora.training.guards import deterministic, peak_memory_mib, reset_peak_memory
 
 CPU = torch.device("cpu")
 
@@ -25,3 +25,12 @@ def test_an_earlier_peak_is_forgotten_and_a_new_one_seen() -> None:
     again = torch.ones(32 * 2**20)
     assert peak_memory_mib(CPU) > low + 100
     del again
+
+
+def test_deterministic_kernels_without_writing_every_new_tensor_twice() -> None:
+    settings = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory
+    assert before, "torch's default, which costs a pass over every tensor"
+    with deterministic():
+        assert torch.are_deterministic_algorithms_enabled() and not settings.fill_uninitialized_memory
+    assert settings.fill_uninitialized_memory is before and not torch.are_deterministic_algorithms_enabled()

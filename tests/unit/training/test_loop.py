@@ -7,11 +7,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from medsam_lora.config import FusionConfig, MethodConfig, ModelConfig, TrainConfig
 from medsam_lora.errors import TrainingError
+from medsam_lora.inference.predictor import CaseScore, PredictOptions
 from medsam_lora.models.assemble import build_segmenter
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.records import PreparedSlices
@@ -223,6 +225,32 @@ def test_half_precision_trains_float32_adapters(tmp_path: Path, training_cases: 
     assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in after.values())
     assert sum(not torch.equal(before[name], after[name]) for name in after) > 0.9 * len(after)
     assert rows[-1]["loss"] < rows[1]["loss"]
+    assert all(np.isfinite(row["grad_norm"]) for row in rows[1:])
+
+
+def test_an_update_that_overflows_in_fp16_is_not_counted(tmp_path: Path, training_cases: list[PreparedSlices]) -> None:
+    """The scaler leaves it out; its infinite gradient has no part in the mean of the epoch."""
+    run = trainer(tmp_path / "s.pt", training_cases, [], epochs=1, amp="fp16")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    row = run.fit()[-1]
+    plain = trainer(tmp_path / "p.pt", training_cases, [], epochs=1, amp="fp16").fit()[-1]
+    assert row["updates"] < plain["updates"] and np.isfinite(row["grad_norm"])
+
+
+def test_the_batch_that_fitted_is_remembered_over_validations(
+    tmp_path: Path, training_cases: list[PreparedSlices], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path / "s.pt", training_cases, training_cases[:1], epochs=2)
+    limits = []
+
+    def note(segmenter: object, case: object, kind: str, min_voxels: int, options: PredictOptions) -> CaseScore:
+        limits.append(options.limit.slices)
+        options.limit.slices = 1
+        return CaseScore(0.5, 1.0)
+
+    monkeypatch.setattr("medsam_lora.training.loop.validate_case", note)
+    run.fit()
+    assert limits == [None, 1, 1]
 
 
 def test_a_focal_share_and_adam_are_used(tmp_path: Path, training_cases: list[PreparedSlices]) -> None:
