@@ -7,6 +7,7 @@ gradients, so that all processes make the same update. Under ``torchrun`` the pr
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import tempfile
@@ -24,6 +25,14 @@ from torch.nn.parallel import DistributedDataParallel
 from medsam_lora.errors import ConfigError, MedsamLoraError
 
 T = TypeVar("T")
+
+
+# torch 2.13 has another name for it, and warns of the old one.
+_WITHOUT_BUFFERS: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else {"broadcast_buffers": False}
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Group:
             return model
         # Buffers belong to the frozen base. Every declared parameter takes part in every step, or DDP says so.
         places = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=places, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=places, **_WITHOUT_BUFFERS)
 
     def unsynchronised(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Within this context gradients are added up in each process, not averaged yet."""

@@ -74,9 +74,12 @@ def noted(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2, "accumulation": 2}], ids=["plain", "accumulated"])
-def test_two_processes_make_the_updates_of_one(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_two_processes_make_the_updates_of_one(
+    tmp_path: Path, options: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
     train_and_note(tmp_path, options)
     launch(train_and_note, 2, {"out": tmp_path, "options": options})
+    assert "Warning" not in capfd.readouterr().err
     alone, first, second = (noted(tmp_path / f"rank{r}.pt") for r in ("0of1", "0of2", "1of2"))
     assert len(alone[0]) == len(first[0]) == len(second[0]) >= 4
     for one, own, other in zip(alone[0], first[0], second[0], strict=True):
