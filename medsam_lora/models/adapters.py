@@ -112,7 +112,7 @@ class AdapterBank:
         Returns
         -------
         Segmenter or None
-            With the adapter, on the shared base model. Segmenters of other adapters of the bank must not be called.
+            With the adapter, on the shared base model. Segmenters of other adapters of the bank refuse to compute.
 
         Raises
         ------

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medsam_lora.errors import AdapterError
 from medsam_lora.models import cache_points
 from medsam_lora.models.embedding_cache import EmbeddingCache
 from medsam_lora.models.input_spec import InputSpec
 from medsam_lora.models.precision import resolve_amp
 from medsam_lora.models.sam import SamModel
-from medsam_lora.peft.contract import Adaptation
+from medsam_lora.peft.contract import Adaptation, attached_to
 from medsam_lora.prompts.box import to_model
 from medsam_lora.transforms.resizing import Plane, covered_frame, model_scale, to_model_frame, to_native_frame
 
@@ -163,6 +164,7 @@ class Segmenter(nn.Module):
         """
         if self.cache is None:
             return self.encode(z)
+        self._check_in_use()
         keys = self.cache.keys(z.cpu(), list(range(z.shape[1]) if present is None else present))
         found = [self.cache.read(key) for key in keys]
         missing = [b for b, entry in enumerate(found) if entry is None]
@@ -200,6 +202,7 @@ class Segmenter(nn.Module):
             Slice-major: image ``b * M + m`` is modality m of slice b, the middle one of a stack. Of the whole model
             frame, or on the unpadded grid of the part the slices reach.
         """
+        self._check_in_use()
         depth = self.adaptation.report.depth
         if depth == 1:
             return self._encoded(self._pixels(z))
@@ -285,6 +288,7 @@ class Segmenter(nn.Module):
         present, tokens
             As `forward` takes them.
         """
+        self._check_in_use()
         n_slices, n_channels = len(boxes), len(embedding) // len(boxes)
         by_area = self.regions_by_area and tokens is None
         tokens = list(self.main_tokens if tokens is None else tokens)
@@ -302,6 +306,15 @@ class Segmenter(nn.Module):
             fused = torch.take_along_dim(fused, order[:, :, None, None], dim=1)
             iou = torch.take_along_dim(iou, order, dim=1)
         return SegmenterOutput(fused, iou)
+
+    def _check_in_use(self) -> None:
+        # On a shared base model another adapter may have been swapped in since: its masks would pass for this one's.
+        if attached_to(self.sam) is not self.adaptation:
+            raise AdapterError(
+                f"the adapter of this segmenter (method {self.adaptation.name}) is not in use: another one was swapped "
+                "in, or none",
+                remedy="Use the segmenter that swap() gave last.",
+            )
 
     def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
         """The declared trainable parameters by group (``encoder``, ``decoder``, ``fusion``)."""

@@ -79,6 +79,22 @@ def test_each_adapter_gives_on_a_shared_base_what_it_gives_alone(files: list[Pat
         assert torch.equal(of_base(sam), base)
 
 
+def test_a_segmenter_whose_adapter_was_swapped_out_refuses(files: list[Path]) -> None:
+    """It would give the masks of the other adapter, or of the base, as its own."""
+    bank = AdapterBank(build("vit_nano", "random", 64))
+    first, second = (bank.swap(bank.attach(path)) for path in files[:2])
+    assert first is not None and second is not None
+    with bank.disable():
+        outputs(second)
+    with pytest.raises(AdapterError, match="not in use: another one was swapped in"):
+        outputs(first)
+    bank.swap(None)
+    with pytest.raises(AdapterError, match="not in use"):
+        outputs(second)
+    assert bank.swap("a0") is first
+    outputs(first)
+
+
 def test_attaching_leaves_the_adapter_in_use_alone(files: list[Path]) -> None:
     bank = AdapterBank(build("vit_nano", "random", 64))
     segmenter = bank.swap(bank.attach(files[0], "first"))
