@@ -15,6 +15,7 @@ CHUNK_BYTES: Final = 2 * 2**20
 """Of a piece of the score matrix in float32. Between 1 and 4 MiB a step takes the same time (docs/performance.md)."""
 HALF_BYTES: Final = 4 * 2**20
 """The same in half precision."""
+_FOLDED_BYTES: Final = 16 * 2**20
 
 _FEWEST_ROWS: Final = 16
 # Of the process, not of a thread or task: what is set here changes no result, and compiled graphs cannot read a
@@ -112,23 +113,48 @@ class _ChunkedHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v, rows, columns)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         with torch.autocast(q.device.type, enabled=False):
-            queries, keys = (t.flatten(0, 1) for t in folded(q, k, Positions(rows, columns)))
-            # Laid out once: half-precision products copy what is transposed, for every piece anew.
-            keys_t, v = keys.transpose(1, 2).contiguous(), v.flatten(0, 1)
-            out = torch.empty_like(v)
-            for piece in _pieces(queries, HALF_BYTES):
-                units = piece[0]
-                probabilities = torch.bmm(_at(queries, piece), keys_t[units]).softmax(dim=-1)
-                torch.bmm(probabilities, v[units], out=_at(out, piece))
-        return out.unflatten(0, q.shape[:2])
+            for part in _parts(q, Positions(rows, columns)):
+                _forward_half(q[part], k[part], v[part], Positions(rows, columns), out[part])
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, rows, columns = ctx.saved_tensors
+        positions = Positions(rows, columns)
+        heads = [torch.empty_like(q, memory_format=torch.contiguous_format) for _ in "qkv"]
+        tables: list[Tensor | None] = [None, None]
         with torch.autocast(q.device.type, enabled=False):
-            return _backward_half(q, k, v, Positions(rows, columns), gradient, ctx.needs_input_grad)
+            for part in _parts(q, positions):
+                found = _backward_half(q[part], k[part], v[part], positions, gradient[part], ctx.needs_input_grad)
+                for whole, own in zip(heads, found[:3], strict=True):
+                    assert own is not None  # tables alone may have none
+                    whole[part] = own
+                tables = [
+                    own if whole is None or own is None else whole + own
+                    for whole, own in zip(tables, found[3:], strict=True)
+                ]
+        return (*heads, *tables)
+
+
+def _parts(q: Tensor, positions: Positions) -> Iterator[slice]:
+    """Windows or images whose folded queries and keys are there at a time: those of a whole batch would be its peak."""
+    width = q.shape[-1] + positions.rows.shape[0] + positions.columns.shape[0]
+    together = max(1, _FOLDED_BYTES // (q[0].numel() // q.shape[-1] * width * q.itemsize))
+    for first in range(0, q.shape[0], together):
+        yield slice(first, first + together)
+
+
+def _forward_half(q: Tensor, k: Tensor, v: Tensor, positions: Positions, out: Tensor) -> None:
+    queries, keys = (t.flatten(0, 1) for t in folded(q, k, positions))
+    # Laid out once: half-precision products copy what is transposed, for every piece anew.
+    keys_t, v, out = keys.transpose(1, 2).contiguous(), v.flatten(0, 1), out.flatten(0, 1)
+    for piece in _pieces(queries, HALF_BYTES):
+        units = piece[0]
+        probabilities = torch.bmm(_at(queries, piece), keys_t[units]).softmax(dim=-1)
+        torch.bmm(probabilities, v[units], out=_at(out, piece))
 
 
 def _backward_half(

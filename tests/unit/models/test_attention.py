@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from medsam_lora.models import attention_chunks
 from medsam_lora.models.attention import Positions, augmented, biased, chunked, pieces_of, relative_positions
 from medsam_lora.models.attention_choice import ATTENTIONS, choose
 
@@ -76,6 +77,17 @@ def test_zeros_at_the_end_of_heads_change_nothing(qk: int, value: int) -> None:
         return augmented(q, k, v, positions, qk, value)
 
     assert worst(run(padded, args), run(written_out, args)) < 1e-12
+
+
+@pytest.mark.parametrize("together", [1, 2**30])
+def test_half_precision_goes_through_a_batch_in_parts(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images one after the other, or all at once: gradients of the tables are sums over them."""
+    args = arguments((5, 7), torch.bfloat16)
+    expected = run(chunked, args)
+    monkeypatch.setattr(attention_chunks, "_FOLDED_BYTES", together)
+    found = run(chunked, args)
+    assert all(torch.equal(a, b) for a, b in zip(found[:4], expected[:4], strict=True))
+    assert worst(found[4:], [e.double() for e in expected[4:]]) < 0.02
 
 
 def test_chunked_keeps_its_arguments_alone() -> None:
