@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from medsam_lora import cli
-from medsam_lora.config import build_config
+from medsam_lora.config import build_config, load_config
 from medsam_lora.datasets.phantom import make_cohort
 from medsam_lora.doctor import CHECKS
 from medsam_lora.doctor.diagnosis import diagnose, exit_code
@@ -20,10 +21,11 @@ from medsam_lora.doctor.result import fault
 from medsam_lora.doctor.sources import Given, largest_slices
 from medsam_lora.io.manifest import read_manifest, write_manifest
 from medsam_lora.io.store import open_store
+from medsam_lora.models.checkpoint import load_adapter, save_adapter
 from medsam_lora.stages.manifest import build_manifest
 from medsam_lora.stages.predict import predict
 from medsam_lora.stages.prepare import prepare
-from medsam_lora.stages.train import train
+from medsam_lora.stages.train import ADAPTER_FILE, train
 
 KEYS = ["check", "status", "measured", "meaning", "remedy", "numbers"]
 HEALTHY = """
@@ -186,6 +188,39 @@ def test_a_run_whose_predictions_are_not_its_own_is_a_fault(cohort: Cohort) -> N
         for path, data in zip(paths, whole, strict=True):
             path.write_bytes(data)
     assert row["status"] == "FAULT" and "not what its adapter predicts now" in row["meaning"]
+
+
+STACKS = ("method.name=sd_trans", "method.depth=3", "train.lr=0.04", "train.lr_encoder=0.04")
+
+
+def test_neighbours_of_the_slices_are_seen_as_predict_sees_them(cohort: Cohort, tmp_path: Path) -> None:
+    """Two slices of a case are each other's neighbours; and a run's predictions had all the slices of the case."""
+    two = read_manifest(cohort.manifest)[:2]
+    write_manifest(tmp_path / "two.csv", two)
+    given = Given(cohort.settings, STACKS, tmp_path / "two.csv", cohort.root)
+    (row,) = diagnose(given, only=["predict"], device="cpu")
+    assert (row["status"], row["numbers"]["differing"]) == ("ok", 0) and row["numbers"]["voxels"] > 100, row
+    config = load_config(cohort.settings, STACKS)
+    run = tmp_path / "run"
+    train(cohort.manifest, cohort.store, run, config, device="cpu")
+    predict(cohort.manifest, cohort.root, run, run / "predictions", config, device="cpu")
+    (row,) = diagnose(Given(run=run, manifest=cohort.manifest, root=cohort.root), only=["run"], device="cpu")
+    assert row["status"] == "ok" and "0.00% of the voxels of 3 earlier predictions differ" in row["measured"], row
+
+
+def test_predictions_cleaned_as_whole_volumes_are_not_compared_by_slices(cohort: Cohort, tmp_path: Path) -> None:
+    """The slices alone are smaller than the least component that is kept, the whole tumour is not."""
+    run = tmp_path / "run"
+    shutil.copytree(cohort.run, run, ignore=shutil.ignore_patterns("predictions"))
+    tensors, metadata = load_adapter(run / ADAPTER_FILE)
+    image = nib.load(sorted((cohort.run / "predictions").glob("*.nii.gz"))[0])
+    marked = int(np.count_nonzero(image.dataobj))
+    least = 0.9 * marked * float(np.prod(image.header.get_zooms())) / 1000
+    metadata["postprocess"] = {"WT": {"min_component_ml": least, "fill_holes": False}}
+    save_adapter(run / ADAPTER_FILE, tensors, metadata)
+    predict(cohort.manifest, cohort.root, run, run / "predictions", load_config(cohort.settings), device="cpu")
+    (row,) = diagnose(Given(run=run, manifest=cohort.manifest, root=cohort.root), only=["run"], device="cpu")
+    assert row["status"] == "ok" and "cleaned up as whole volumes and not compared" in row["measured"], row
 
 
 def test_a_run_trained_with_other_settings_is_a_fault(cohort: Cohort) -> None:
