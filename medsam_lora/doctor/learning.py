@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from medsam_lora.doctor.result import Result, fault, ok, skipped
-from medsam_lora.doctor.subject import Subject, tumour_of
+from medsam_lora.doctor.subject import Subject
 from medsam_lora.inference.predictor import validate_case
+from medsam_lora.labels import region_mask
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft import method_spec
 from medsam_lora.transforms.resizing import through_decoder_grid
@@ -140,12 +141,15 @@ def overfit(subject: Subject) -> Result:
 
 
 def ceiling(subject: Subject) -> float:
-    """Mean Dice of the references with what the decoder's grid leaves of them."""
+    """What the decoder's grid leaves of the references: the Dice that `validate_case` would give to just that."""
     found = []
     for case in subject.slices:
-        reference = torch.from_numpy(tumour_of(case))[None, None]
-        left = through_decoder_grid(reference, subject.segmenter.sam.image_size)
-        found.append(float(2 * (left & reference).sum() / (left.sum() + reference.sum())))
+        label = np.asarray(case.label)
+        for region in subject.segmenter.regions:
+            reference = torch.from_numpy(region_mask(label, region))[None]
+            left = through_decoder_grid(reference, subject.segmenter.sam.image_size)
+            total = int(left.sum() + reference.sum())
+            found.append(2 * int((left & reference).sum()) / total if total else 1.0)
     return float(np.mean(found))
 
 
