@@ -114,7 +114,7 @@ def merge(subject: Subject) -> Result:
 def predicted(subject: Subject) -> Result:
     """Whether the stage ``predict`` writes, on the file's own grid, what the trained model says of the slices."""
     if not subject.records:
-        return skipped("the files are not at hand: give --manifest (and --root)")
+        return skipped("the files are not at hand", remedy="Give --manifest (and --root).")
     union = differing = 0
     written = _written(subject, subject.adapter, subject.work / "predictions")
     for case_id, volume in written.items():

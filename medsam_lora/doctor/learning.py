@@ -135,9 +135,9 @@ def overfit(subject: Subject) -> Result:
     meaning, remedy = _why(subject, curve, counted, late)
     if meaning:
         return fault(measured, meaning, remedy, **numbers)
-    why = f"not at its end when {subject.steps} updates or {subject.minutes:g} minutes were over: give more "
-    why += "(--steps, --minutes), a GPU, or a smaller model.image_size"
-    return skipped(why, measured, **numbers)
+    why = f"not at its end when {subject.steps} updates or {subject.minutes:g} minutes were over"
+    remedy = "Give more (--steps, --minutes), a GPU, or a smaller model.image_size."
+    return skipped(why, measured, remedy, **numbers)
 
 
 def ceiling(subject: Subject) -> float:

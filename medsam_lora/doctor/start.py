@@ -46,7 +46,8 @@ def base(subject: Subject) -> Result:
     )
     numbers = {"dice": dices, "floor": floors, "inside_box": inside}
     if subject.config.model.weights == "random":
-        return skipped("the weights are random, of which nothing can be expected", measured, **numbers)
+        why = "the weights are random, of which nothing can be expected"
+        return skipped(why, measured, "Give the weights that are adapted (model.weights).", **numbers)
     if "prompt_tokens" in subject.config.method.name:
         measured += " (boxes are not used by the method)"
     if dice < floor - BELOW_FLOOR:

@@ -150,7 +150,7 @@ def test_a_store_alone_is_enough(cohort: Cohort) -> None:
     checks = ["labels", "input", "box", "way_back", "predict"]
     rows = {row["check"]: row for row in diagnose(given, only=checks, device="cpu")}
     assert [row["status"] for row in rows.values()] == ["ok", "ok", "ok", "ok", "skipped"]
-    assert "not at hand" in rows["labels"]["measured"] and "--manifest" in rows["predict"]["meaning"]
+    assert "not at hand" in rows["labels"]["measured"] and "--manifest" in rows["predict"]["remedy"]
     assert "prediction" not in rows["box"]["measured"]
 
 
@@ -259,11 +259,16 @@ def test_what_stops_a_check_is_a_finding_and_the_others_go_on(cohort: Cohort, mo
     assert exit_code(rows) == 1 and exit_code(rows[:1]) == 0
 
 
-def test_a_bound_that_is_too_low_is_no_fault(cohort: Cohort) -> None:
-    given = Given(cohort.settings, ("model.image_size=128",), cohort.manifest, cohort.root)
-    (row,) = diagnose(given, only=["overfit"], device="cpu", minutes=0.0)
-    assert row["status"] == "skipped", row
-    assert "--steps, --minutes" in row["meaning"] and len(row["numbers"]["curve"]) == 1
+def test_a_bound_that_is_too_low_is_no_fault_and_said_at_the_end(
+    cohort: Cohort, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--config", cohort.settings, "--manifest", cohort.manifest, "--root", cohort.root, "--device", "cpu")
+    words += ("--set", "model.image_size=128", "--check", "overfit", "--check", "run", "--minutes", "0")
+    code, out, _ = call(capsys, "doctor", *words)
+    first, second, last = out.splitlines()
+    assert code == 0 and first.startswith("skipped  overfit") and "Remedy: Give more (--steps, --minutes)" in first
+    # That no run was given leaves nothing open.
+    assert second.startswith("skipped  run") and last == "no fault found; not decided: overfit"
 
 
 def test_rows_have_the_keys_that_are_promised() -> None:
