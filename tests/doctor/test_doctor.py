@@ -135,6 +135,22 @@ def test_unusable_input_ends_with_2(words: tuple[str, ...], said: str, capsys: p
     assert (code, out) == (2, "") and said in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("name: s\npipeline: base.yaml\ngrid: {method.rank: [2, 4]}\n", "Give --config {folder}/base.yaml, and"),
+        ("name: s\nphantom: {cases: 3}\nstudy: {keys: {method.rank: [2]}}\n", "Give a pipeline file of its other keys"),
+        ("pipeline: base.yaml\ngrid: {method.rank: [2, 4]}\n", "Give --config {folder}/base.yaml, and"),
+    ],
+)
+def test_a_sweep_file_is_refused_by_name(text: str, remedy: str, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    code, out, err = call(capsys, "doctor", "--config", path)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "this is a sweep file" in err and str(path) in err and remedy.format(folder=tmp_path) in err
+
+
 def test_cases_without_a_reference_cannot_be_examined(cohort: Cohort, tmp_path: Path, capsys: Any) -> None:
     blind = [
         type(r)(r.case_id, r.patient_id, "", {k: f for k, f in r.files.items() if k != "seg"}, r.label_convention, "")
