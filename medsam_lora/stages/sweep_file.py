@@ -167,6 +167,9 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     swept = settings.grid if settings.grid is not None else study.keys if study is not None else {}
     for key in swept:
         check_key(key)
+        if key.startswith("evaluate."):
+            remedy = "Give it once, in the section evaluate; medsam-lora evaluate scores the points in other ways."
+            raise ConfigError(f"{key} is swept, but all points are scored alike", path=path, remedy=remedy)
         if any(text.partition("=")[0].strip() == key for text in shared):
             raise ConfigError(f"{key} is swept and also set", path=path, remedy=f"Take --set {key}=… away.")
     ranges = {key: _range(key, value, path) for key, value in swept.items() if study is not None and _is_range(value)}

@@ -93,6 +93,11 @@ def test_a_sweep_can_name_its_pipeline(tmp_path: Path) -> None:
         ({"grid": {"method.rank": [2, "two"]}}, r"point method\.rank=two: method\.rank: .*integer"),
         ({"grid": {"method.rank": [2, 2]}}, r"two values of method\.rank are called 2"),
         ({"grid": {"method.tokens": [2]}}, r"no method reads method\.tokens"),
+        (
+            {"grid": {"evaluate.challenge": [None, "brats2023-gli"]}},
+            r"evaluate\.challenge is swept, but all points are",
+        ),
+        ({"study": {"keys": {"evaluate.bootstrap": [100, 200]}}}, r"evaluate\.bootstrap is swept, but all points are"),
         ({"grid": {"method.rank": [2]}, "gird": 1}, "unknown key gird; did you mean grid"),
         ({"grid": {"method.rank": [2]}, "folds": 2, "score": "val"}, "folds have no validation cases"),
         ({"study": {"keys": {"method.rank": [2]}}, "score": "test"}, "cannot be judged on them any more"),
