@@ -40,7 +40,7 @@ def doctor(
 ) -> None:
     """Find what is wrong with a set-up on your own data; exit 1 on a fault."""
     from medsam_lora.doctor.diagnosis import diagnose, exit_code
-    from medsam_lora.doctor.result import line
+    from medsam_lora.doctor.result import conclusion, line
     from medsam_lora.doctor.sources import Given
 
     def tell(row: Mapping[str, Any]) -> None:
@@ -52,6 +52,5 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     else:
-        found = [row["check"] for row in rows if row["status"] == "FAULT"]
-        typer.echo(f"faults: {', '.join(found)}" if found else "no fault found")
+        typer.echo(conclusion(rows))
     raise typer.Exit(exit_code(rows))

@@ -12,14 +12,18 @@ from torch import Tensor
 
 from medsam_lora.doctor.frames import slice_of
 from medsam_lora.doctor.result import Result, fault, ok, skipped
+from medsam_lora.doctor.sources import cut
 from medsam_lora.doctor.start import filled_boxes
 from medsam_lora.doctor.subject import Subject, tumour_of
+from medsam_lora.inference import postprocess
+from medsam_lora.inference.predictor import predict_slices
 from medsam_lora.inference.volume import to_native
 from medsam_lora.io.manifest import write_manifest
 from medsam_lora.models.assemble import build_segmenter, load_segmenter
 from medsam_lora.models.checkpoint import load_adapter
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.prompts.sources import reference_boxes, write_box_table
+from medsam_lora.records import PreparedSlices
 from medsam_lora.stages import adapters, predict
 from medsam_lora.stages import train as train_stage
 from medsam_lora.transforms.stages import PreparePlan
@@ -110,17 +114,14 @@ def merge(subject: Subject) -> Result:
 def predicted(subject: Subject) -> Result:
     """Whether the stage ``predict`` writes, on the file's own grid, what the trained model says of the slices."""
     if not subject.records:
-        return skipped("the files are not at hand: give --manifest (and --root)")
-    masks = subject.predicted(subject.segmenter)
+        return skipped("the files are not at hand", remedy="Give --manifest (and --root).")
     union = differing = 0
     written = _written(subject, subject.adapter, subject.work / "predictions")
     for case_id, volume in written.items():
-        expected = np.zeros(volume.shape, bool)
-        where = np.zeros(volume.shape, bool)
-        for case, mask in zip(subject.slices, masks, strict=True):
-            if case.case_id == case_id:
-                expected |= to_native(mask[:1].astype(bool), case)
-                where |= slice_of(case)
+        case = _together(subject, case_id)
+        masks = predict_slices(subject.segmenter, case, subject.boxes(case), subject.options)
+        expected = to_native(masks[:, 0].astype(bool), case)
+        where = slice_of(case)
         differing += int(((volume != expected) & where).sum()) + int((volume & ~where).sum())
         union += int((volume | expected).sum())
     share = differing / max(union, 1)
@@ -176,7 +177,10 @@ def run(subject: Subject) -> Result:
     numbers |= {"dice": dices, "floor": floors}
     if not subject.records:
         return ok(f"{measured}; the files are not at hand", **numbers)
-    share, compared = _compared(subject, path)
+    if any(how.changes for how in postprocess.from_json(metadata.get("postprocess", {})).values()):
+        # What was removed or filled depends on the whole volume, of which only some slices are predicted here.
+        return ok(f"{measured}; its predictions are cleaned up as whole volumes and not compared", **numbers)
+    share, compared = _compared(subject, path, segmenter.adaptation.report.depth)
     measured += "" if share is None else f"; {share:.2%} of the voxels of {compared} earlier predictions differ now"
     numbers["differing_share"] = share
     if share is not None and share > VOXELS:
@@ -190,7 +194,7 @@ def run(subject: Subject) -> Result:
     return ok(measured, **numbers)
 
 
-def _compared(subject: Subject, adapter: Path) -> tuple[float | None, int]:
+def _compared(subject: Subject, adapter: Path, depth: int) -> tuple[float | None, int]:
     """Share of voxels of the run's earlier predictions that differ now, on the slices; None where there are none."""
     assert subject.run is not None
     earlier = subject.run / "predictions"
@@ -198,13 +202,10 @@ def _compared(subject: Subject, adapter: Path) -> tuple[float | None, int]:
     if not known or _prompt_source(earlier) != "reference_box":
         return None, 0
     union = differing = 0
-    for case_id, volume in _written(subject, adapter, subject.work / "again").items():
+    for case_id, volume in _written(subject, adapter, subject.work / "again", depth // 2).items():
         if case_id not in known:
             continue
-        where = np.zeros(volume.shape, bool)
-        for case in subject.slices:
-            if case.case_id == case_id:
-                where |= slice_of(case)
+        where = slice_of(_together(subject, case_id))
         old = _marked(earlier / f"{case_id}.nii.gz")
         if old.shape != volume.shape:
             return 1.0, len(known)
@@ -218,17 +219,24 @@ def _prompt_source(folder: Path) -> str:
     return str(json.loads(path.read_text(encoding="utf-8")).get("prompt_source")) if path.is_file() else ""
 
 
-def _written(subject: Subject, adapter: Path, out: Path) -> dict[str, np.ndarray]:
-    """What the stage predict writes of the slices, by case: where a voxel has any label, on the native grid."""
+def _together(subject: Subject, case_id: str) -> PreparedSlices:
+    """The slices of one case in one: a method that looks at neighbours sees them as the stage predict does."""
+    whole = subject.whole[case_id]
+    chosen = {case.ks[0] for case in subject.slices if case.case_id == case_id}
+    return cut(whole, [n for n, k in enumerate(whole.ks) if k in chosen])
+
+
+def _written(subject: Subject, adapter: Path, out: Path, reach: int = 0) -> dict[str, np.ndarray]:
+    """What the stage predict writes of the slices, by case: where a voxel has any label, on the native grid.
+
+    With `reach` so many slices on either side are predicted as well, as far as they show tumour.
+    """
     _, metadata = load_adapter(adapter)
     kind, fewest = metadata["prompts"]["kind"], metadata["prompts"]["min_voxels"]
     boxes = {}
     for case_id in subject.records:
         volumes = subject.volumes(case_id)
-        marked = np.zeros(volumes.geometry.shape, bool)
-        for case in subject.slices:
-            if case.case_id == case_id:
-                marked |= slice_of(case)
+        marked = slice_of(_together(subject, case_id), reach)
         assert volumes.label_map is not None
         only = np.where(marked, volumes.label_map, 0).astype(np.uint8)
         boxes[case_id] = reference_boxes(only, volumes.geometry, "WT", kind, fewest)

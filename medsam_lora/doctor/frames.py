@@ -130,10 +130,11 @@ def predict_volumes(subject: Subject, volumes: CaseVolumes, case: PreparedSlices
     return native_masks(task, volumes, reference_boxes(only, volumes.geometry, "WT", kind, fewest))
 
 
-def slice_of(case: PreparedSlices) -> np.ndarray:
-    """Where the slices of a case lie on its native grid: bool, shape case.native.shape."""
+def slice_of(case: PreparedSlices, reach: int = 0) -> np.ndarray:
+    """Where the slices of a case, and `reach` on either side of each, lie: bool, shape case.native.shape."""
     marked = np.zeros(case.crop.shape, bool)
-    marked[:, :, list(case.ks)] = True
+    for k in case.ks:
+        marked[:, :, max(k - reach, 0) : k + reach + 1] = True
     return place(marked, case.crop, case.native)
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from medsam_lora.doctor.result import Result, fault, ok, skipped
-from medsam_lora.doctor.subject import Subject, tumour_of
+from medsam_lora.doctor.subject import Subject
 from medsam_lora.inference.predictor import validate_case
+from medsam_lora.labels import region_mask
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft import method_spec
 from medsam_lora.transforms.resizing import through_decoder_grid
@@ -31,6 +32,10 @@ APART = 0.05
 """Dice by which training's own forward pass and validation may differ with the same weights, by dropout or fusion."""
 FELL = 0.1
 """Dice below the best of an attempt that is a divergence."""
+FALLEN = 0.6
+"""Share of its first value below which the loss of an attempt has fallen."""
+COLLAPSED = 0.1
+"""Share of the tumour's area below which a prediction is background."""
 RATE = 10.0
 """What the learning rates are raised by for a second attempt, which shows what can be learned at all."""
 
@@ -113,6 +118,7 @@ def overfit(subject: Subject) -> Result:
     target = min(TARGET, max(ceiling(subject), LEAST_TARGET))
     deadline = time.monotonic() + 60 * subject.minutes
     segmenter, factor, curve, counted, late = subject.segmenter, 1.0, [], 0.0, False
+    reached: list[float] = []
     for factor in (1.0, RATE):
         if factor > 1:
             segmenter = subject.segmenter = subject.fresh()
@@ -120,6 +126,7 @@ def overfit(subject: Subject) -> Result:
         curve = _attempt(subject, segmenter, factor, target, deadline)
         late = time.monotonic() > deadline
         counted = _dice_in_training(subject, segmenter)
+        reached.append(curve[-1]["dice"])
         if curve[-1]["dice"] >= target or late or _apart(curve, counted):
             break
     first, last = curve[0], curve[-1]
@@ -128,24 +135,39 @@ def overfit(subject: Subject) -> Result:
         f"{target:.3f}) in {last['update']} updates{'' if factor == 1 else f' at {RATE:g} times the learning rates'}: "
         f"loss {first['loss']:.3f} to {last['loss']:.3f}, Dice " + " ".join(f"{row['dice']:.2f}" for row in _few(curve))
     )
-    numbers = {"curve": curve, "target": target, "rate_factor": factor, "dice_in_training": counted}
+    numbers = {"curve": curve, "target": target, "rate_factor": factor, "dice_in_training": counted, "reached": reached}
     if last["dice"] >= target and not _apart(curve, counted):
-        return ok(measured, **numbers)
+        return ok(measured + _low_rates(subject, factor, reached[0]), **numbers)
     meaning, remedy = _why(subject, curve, counted, late)
     if meaning:
         return fault(measured, meaning, remedy, **numbers)
-    why = f"not at its end when {subject.steps} updates or {subject.minutes:g} minutes were over: give more "
-    why += "(--steps, --minutes), a GPU, or a smaller model.image_size"
-    return skipped(why, measured, **numbers)
+    why = f"not at its end when {subject.steps} updates or {subject.minutes:g} minutes were over"
+    remedy = "Give more (--steps, --minutes), a GPU, or a smaller model.image_size."
+    return skipped(why, measured, remedy, **numbers)
+
+
+def _low_rates(subject: Subject, factor: float, reached: float) -> str:
+    """That the aim was not reached at the configured rates: no fault, as the slices can be learned."""
+    if factor == 1:
+        return ""
+    options = subject.config.train
+    own = f"train.lr={options.lr:g}"
+    own += "" if options.lr_encoder is None else f", train.lr_encoder={options.lr_encoder:g}"
+    return (
+        f"; at the rates of the settings ({own}) only Dice {reached:.3f}: they are low for so few updates, raise them"
+    )
 
 
 def ceiling(subject: Subject) -> float:
-    """Mean Dice of the references with what the decoder's grid leaves of them."""
+    """What the decoder's grid leaves of the references: the Dice that `validate_case` would give to just that."""
     found = []
     for case in subject.slices:
-        reference = torch.from_numpy(tumour_of(case))[None, None]
-        left = through_decoder_grid(reference, subject.segmenter.sam.image_size)
-        found.append(float(2 * (left & reference).sum() / (left.sum() + reference.sum())))
+        label = np.asarray(case.label)
+        for region in subject.segmenter.regions:
+            reference = torch.from_numpy(region_mask(label, region))[None]
+            left = through_decoder_grid(reference, subject.segmenter.sam.image_size)
+            total = int(left.sum() + reference.sum())
+            found.append(2 * int((left & reference).sum()) / total if total else 1.0)
     return float(np.mean(found))
 
 
@@ -215,16 +237,25 @@ def _why(subject: Subject, curve: list[dict[str, Any]], counted: float, late: bo
         )
     if late or len(curve) < SHORT or last["dice"] - curve[-max(2, len(curve) // 4)]["dice"] > RISING:
         return "", ""
-    if last["loss"] < 0.6 * first["loss"] or last["area_ratio"] < 0.1:
+    fell = last["loss"] < FALLEN * first["loss"]
+    if last["area_ratio"] < COLLAPSED:
         return (
-            f"The loss falls but the Dice does not follow, and {last['area_ratio']:.0%} of the tumour's area is "
-            "marked: the loss is dominated by cross-entropy and the prediction slides to background.",
+            f"Only {last['area_ratio']:.0%} of the tumour's area is marked{' while the loss falls' if fell else ''}: "
+            "the prediction slides to background, which a loss that cross-entropy dominates rewards.",
             "Set train.dice_weight=1, and look at the check loss.",
         )
     if subject.config.method.decoder == "frozen":
         return (
             "The mask decoder is frozen: LoRA alone could not learn four slices by heart.",
             "Set method.decoder=full.",
+        )
+    if fell:
+        return (
+            f"The loss falls to {last['loss'] / first['loss']:.0%} of its start and {last['area_ratio']:.0%} of the "
+            f"tumour's area is marked, but the Dice stays at {last['dice']:.2f}: it is not background that wins; the "
+            "masks lie beside the tumour, or what is trained cannot follow its edge.",
+            "Look at the checks box and labels; if those are ok train more (method.rank, method.decoder=full), or "
+            "raise model.image_size.",
         )
     return (
         "Four slices cannot be learned by heart: too little is trained, it does not reach what is predicted, or masks "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +21,8 @@ class Result:
     meaning : str
         Of a fault its cause, of a skipped check why it was; otherwise empty.
     remedy : str
-        An imperative sentence, of a fault.
+        An imperative sentence: of a fault, and of a skipped check that could have been decided. One that does not apply
+        to the set-up has none.
     numbers : dict
         What was measured as plain data, for programs.
     """
@@ -46,9 +48,26 @@ def fault(measured: str, meaning: str, remedy: str, **numbers: Any) -> Result:
     return Result("FAULT", measured, meaning, remedy, numbers)
 
 
-def skipped(why: str, measured: str = "", **numbers: Any) -> Result:
-    """The check does not apply, or could not be finished; see `Result`."""
-    return Result("skipped", measured, why, numbers=numbers)
+def skipped(why: str, measured: str = "", remedy: str = "", **numbers: Any) -> Result:
+    """The check does not apply, or, with a remedy, could not be decided; see `Result`."""
+    return Result("skipped", measured, why, remedy, numbers)
+
+
+def conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What all rows of `Result.row` come to: the faults, and what was not decided.
+
+    Examples
+    --------
+    >>> rows = [ok("").row("box"), skipped("not at its end", remedy="Give more --steps.").row("overfit")]
+    >>> print(conclusion(rows))
+    no fault found; not decided: overfit
+    >>> print(conclusion([skipped("the method trains nothing").row("moved"), fault("", "", "Do.").row("loss")]))
+    faults: loss
+    """
+    found = [row["check"] for row in rows if row["status"] == "FAULT"]
+    undecided = [row["check"] for row in rows if row["status"] == "skipped" and row["remedy"]]
+    said = f"faults: {', '.join(found)}" if found else "no fault found"
+    return said + (f"; not decided: {', '.join(undecided)}" if undecided else "")
 
 
 def line(row: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from medsam_lora.stages.cohort import default_root, find_cohort
 from medsam_lora.stages.manifest import build_manifest
 from medsam_lora.stages.pipeline import Pipeline, PipelineSection, load_pipeline
 from medsam_lora.stages.prepare import prepare
+from medsam_lora.stages.sweep_file import SweepSection
 from medsam_lora.stages.training_cases import check_cases, find_store, split_cases
 from medsam_lora.transforms.masking import region_areas
 from medsam_lora.transforms.orientation import orient
@@ -154,6 +155,8 @@ def _settings(given: Given, work: Path) -> tuple[Config, Path | None, Path | Non
     if path is None and given.run is not None and (given.run / "config.yaml").is_file():
         path = given.run / "config.yaml"
     keys = set(load_yaml(path)) if path is not None else set()
+    if path is not None and keys & set(SweepSection.model_fields):
+        raise _swept(path)
     if path is None or not keys & set(PipelineSection.model_fields):
         return load_config(path, given.settings), given.manifest, given.root
     pipeline = load_pipeline(path, given.settings)
@@ -164,6 +167,17 @@ def _settings(given: Given, work: Path) -> tuple[Config, Path | None, Path | Non
     if named.phantom is not None and manifest is None and root is None:
         root = _phantom(pipeline, work)
     return trained[0].config, manifest, root
+
+
+def _swept(path: Path) -> ConfigError:
+    """Which of its points would be meant? The pipeline below them all is what can be examined."""
+    named = load_yaml(path).get("pipeline")
+    pipeline = f"--config {path.parent / named}" if named else "a pipeline file of its other keys"
+    return ConfigError(
+        "this is a sweep file, and the doctor examines one set-up",
+        path=path,
+        remedy=f"Give {pipeline}, and a point's values with --set section.key=value.",
+    )
 
 
 def _phantom(pipeline: Pipeline, work: Path) -> Path:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
+from loralib.layers import LoRALayer
+from torch import nn
 
 from medsam_lora.doctor.result import Result, fault, ok, skipped
 from medsam_lora.doctor.subject import Subject, tumour_of
 from medsam_lora.metrics.overlap import count
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft import method_spec
+from medsam_lora.peft.edits import Edit
 from medsam_lora.prompts.sources import fill_boxes
 from medsam_lora.records import PreparedSlices, SliceBox
 
@@ -41,7 +46,8 @@ def base(subject: Subject) -> Result:
     )
     numbers = {"dice": dices, "floor": floors, "inside_box": inside}
     if subject.config.model.weights == "random":
-        return skipped("the weights are random, of which nothing can be expected", measured, **numbers)
+        why = "the weights are random, of which nothing can be expected"
+        return skipped(why, measured, "Give the weights that are adapted (model.weights).", **numbers)
     if "prompt_tokens" in subject.config.method.name:
         measured += " (boxes are not used by the method)"
     if dice < floor - BELOW_FLOOR:
@@ -99,7 +105,7 @@ def identity(subject: Subject) -> Result:
 def step(subject: Subject) -> Result:
     """How far two updates move the weights, compared with rank 4 at the same settings."""
     config = subject.config.method
-    if "rank" not in method_spec(config.name).options or config.name.partition("+")[0] != "lora":
+    if not _branches(subject.segmenter):
         return skipped("the method has no low-rank branches in the encoder")
     own, few = (_moved(subject, subject.fresh(rank=rank)) for rank in (config.rank, REFERENCE_RANK))
     ratio = own / few if few > 0 else float("inf")
@@ -119,15 +125,26 @@ def step(subject: Subject) -> Result:
     return ok(measured, **numbers)
 
 
+def _branches(segmenter: Segmenter) -> list[Edit]:
+    """The encoder's low-rank branches; other methods that `lora` is combined with have none."""
+    edits = segmenter.adaptation.edits
+    return [e for e in edits if isinstance(e.adapted, LoRALayer) and e.path.startswith("image_encoder.")]
+
+
 def _moved(subject: Subject, segmenter: Segmenter) -> float:
-    with segmenter.adaptation.disable():
-        before = {name: t.clone() for name, t in segmenter.sam.state_dict().items() if name.startswith("image_encoder")}
     # At the full rate: a warm-up would be the same for both.
     subject.trainer(segmenter, epochs=2, slices_per_epoch=1, warmup_share=0.0).fit()
-    after = segmenter.adaptation.merge()
-    changed = [name for name, tensor in before.items() if not torch.equal(after[name], tensor)]
-    change = sum(float((after[name] - before[name]).double().square().sum()) for name in changed)
-    norm = sum(float(before[name].double().square().sum()) for name in changed)
+    change = norm = 0.0
+    # Of the branches' layers alone: what other methods move has no rank and would hide the ratio, and some of it cannot
+    # be merged at all.
+    for edit in _branches(segmenter):
+        base = {f"{edit.path}.{name}": tensor for name, tensor in cast(nn.Module, edit.base).state_dict().items()}
+        for name, after in edit.merged().items():
+            before = base[name].detach().double().cpu()
+            difference = after.double().cpu() - before
+            if difference.any():
+                change += float(difference.square().sum())
+                norm += float(before.square().sum())
     return (change / norm) ** 0.5 if norm else 0.0
 
 

@@ -9,6 +9,9 @@ from medsam_lora.peft import LOW_RANK_OPTIONS, method_spec
 # What prediction needs of the settings of training.
 _WITHOUT_TRAINING = ("train.regions", "train.postprocess")
 
+DECIDING = ("method.name", "method.decoder", "fusion.name")
+"""The keys on which it depends what else `reads` finds to be read."""
+
 
 def check_key(key: str) -> None:
     """Refuse what is no key of the configuration.

@@ -14,7 +14,7 @@ from medsam_lora.config import Config, Section, apply_overrides, build_config, l
 from medsam_lora.errors import ConfigError
 from medsam_lora.stages.pipeline import Method, Pipeline, PipelineSection, parse_pipeline
 from medsam_lora.stages.point_names import check_names, key_names, labelled, text_of
-from medsam_lora.stages.relevance import check_key, reads
+from medsam_lora.stages.relevance import DECIDING, check_key, reads
 
 Choices = dict[str, Any]
 """The values of a key by the names that they have in the names of points."""
@@ -167,6 +167,9 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     swept = settings.grid if settings.grid is not None else study.keys if study is not None else {}
     for key in swept:
         check_key(key)
+        if key.startswith("evaluate."):
+            remedy = "Give it once, in the section evaluate; medsam-lora evaluate scores the points in other ways."
+            raise ConfigError(f"{key} is swept, but all points are scored alike", path=path, remedy=remedy)
         if any(text.partition("=")[0].strip() == key for text in shared):
             raise ConfigError(f"{key} is swept and also set", path=path, remedy=f"Take --set {key}=… away.")
     ranges = {key: _range(key, value, path) for key, value in swept.items() if study is not None and _is_range(value)}
@@ -283,14 +286,26 @@ def _with(config: Config, values: Mapping[str, Any], told: str) -> Config:
         raise ConfigError(f"point {told}: {error.message}", remedy=error.remedy) from error
 
 
+def _unread(sweep: Sweep) -> list[str]:
+    """Keys that are read at no point; it is enough to look at the values that decide what else is read."""
+    deciding = {key: choices for key, choices in sweep.choices.items() if key in DECIDING}
+    configs = []
+    for method, names in product(sweep.pipeline.methods, product(*deciding.values())):
+        told = dict(zip(deciding, names, strict=True))
+        values = {key: deciding[key][name] for key, name in told.items()}
+        configs.append(_with(method.config, values, ",".join(f"{key}={name}" for key, name in told.items())))
+    return [key for key in sweep.keys if not any(reads(config, key) for config in configs)]
+
+
 def _check(sweep: Sweep, path: Path) -> None:
     swept = swept_methods(sweep)
-    unread = [key for key in sweep.keys if not any(reads(method.config, key) for method in sweep.pipeline.methods)]
-    if unread and "method.name" not in sweep.keys:
-        raise ConfigError(f"no method reads {unread[0]}", path=path, remedy="Take it away, or add a method that does.")
     if "method.name" in sweep.keys and len(sweep.pipeline.methods) > 1:
         remedy = "Give one entry under methods; zero_shot can be one of the values."
         raise ConfigError("method.name is swept, and there are several methods", path=path, remedy=remedy)
+    unread = _unread(sweep)
+    if unread:
+        remedy = "Take it away, or add a method or a value that does."
+        raise ConfigError(f"no point reads {unread[0]}", path=path, remedy=remedy)
     if sweep.split == "val" and sweep.pipeline.settings.folds is not None:
         remedy = "Take folds away, or score test (of a grid)."
         raise ConfigError("folds have no validation cases to score", path=path, remedy=remedy)

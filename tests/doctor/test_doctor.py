@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from medsam_lora import cli
-from medsam_lora.config import build_config
+from medsam_lora.config import build_config, load_config
 from medsam_lora.datasets.phantom import make_cohort
 from medsam_lora.doctor import CHECKS
 from medsam_lora.doctor.diagnosis import diagnose, exit_code
@@ -20,10 +21,11 @@ from medsam_lora.doctor.result import fault
 from medsam_lora.doctor.sources import Given, largest_slices
 from medsam_lora.io.manifest import read_manifest, write_manifest
 from medsam_lora.io.store import open_store
+from medsam_lora.models.checkpoint import load_adapter, save_adapter
 from medsam_lora.stages.manifest import build_manifest
 from medsam_lora.stages.predict import predict
 from medsam_lora.stages.prepare import prepare
-from medsam_lora.stages.train import train
+from medsam_lora.stages.train import ADAPTER_FILE, train
 
 KEYS = ["check", "status", "measured", "meaning", "remedy", "numbers"]
 HEALTHY = """
@@ -133,6 +135,22 @@ def test_unusable_input_ends_with_2(words: tuple[str, ...], said: str, capsys: p
     assert (code, out) == (2, "") and said in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("name: s\npipeline: base.yaml\ngrid: {method.rank: [2, 4]}\n", "Give --config {folder}/base.yaml, and"),
+        ("name: s\nphantom: {cases: 3}\nstudy: {keys: {method.rank: [2]}}\n", "Give a pipeline file of its other keys"),
+        ("pipeline: base.yaml\ngrid: {method.rank: [2, 4]}\n", "Give --config {folder}/base.yaml, and"),
+    ],
+)
+def test_a_sweep_file_is_refused_by_name(text: str, remedy: str, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    code, out, err = call(capsys, "doctor", "--config", path)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "this is a sweep file" in err and str(path) in err and remedy.format(folder=tmp_path) in err
+
+
 def test_cases_without_a_reference_cannot_be_examined(cohort: Cohort, tmp_path: Path, capsys: Any) -> None:
     blind = [
         type(r)(r.case_id, r.patient_id, "", {k: f for k, f in r.files.items() if k != "seg"}, r.label_convention, "")
@@ -148,7 +166,7 @@ def test_a_store_alone_is_enough(cohort: Cohort) -> None:
     checks = ["labels", "input", "box", "way_back", "predict"]
     rows = {row["check"]: row for row in diagnose(given, only=checks, device="cpu")}
     assert [row["status"] for row in rows.values()] == ["ok", "ok", "ok", "ok", "skipped"]
-    assert "not at hand" in rows["labels"]["measured"] and "--manifest" in rows["predict"]["meaning"]
+    assert "not at hand" in rows["labels"]["measured"] and "--manifest" in rows["predict"]["remedy"]
     assert "prediction" not in rows["box"]["measured"]
 
 
@@ -188,6 +206,39 @@ def test_a_run_whose_predictions_are_not_its_own_is_a_fault(cohort: Cohort) -> N
     assert row["status"] == "FAULT" and "not what its adapter predicts now" in row["meaning"]
 
 
+STACKS = ("method.name=sd_trans", "method.depth=3", "train.lr=0.04", "train.lr_encoder=0.04")
+
+
+def test_neighbours_of_the_slices_are_seen_as_predict_sees_them(cohort: Cohort, tmp_path: Path) -> None:
+    """Two slices of a case are each other's neighbours; and a run's predictions had all the slices of the case."""
+    two = read_manifest(cohort.manifest)[:2]
+    write_manifest(tmp_path / "two.csv", two)
+    given = Given(cohort.settings, STACKS, tmp_path / "two.csv", cohort.root)
+    (row,) = diagnose(given, only=["predict"], device="cpu")
+    assert (row["status"], row["numbers"]["differing"]) == ("ok", 0) and row["numbers"]["voxels"] > 100, row
+    config = load_config(cohort.settings, STACKS)
+    run = tmp_path / "run"
+    train(cohort.manifest, cohort.store, run, config, device="cpu")
+    predict(cohort.manifest, cohort.root, run, run / "predictions", config, device="cpu")
+    (row,) = diagnose(Given(run=run, manifest=cohort.manifest, root=cohort.root), only=["run"], device="cpu")
+    assert row["status"] == "ok" and "0.00% of the voxels of 3 earlier predictions differ" in row["measured"], row
+
+
+def test_predictions_cleaned_as_whole_volumes_are_not_compared_by_slices(cohort: Cohort, tmp_path: Path) -> None:
+    """The slices alone are smaller than the least component that is kept, the whole tumour is not."""
+    run = tmp_path / "run"
+    shutil.copytree(cohort.run, run, ignore=shutil.ignore_patterns("predictions"))
+    tensors, metadata = load_adapter(run / ADAPTER_FILE)
+    image = nib.load(sorted((cohort.run / "predictions").glob("*.nii.gz"))[0])
+    marked = int(np.count_nonzero(image.dataobj))
+    least = 0.9 * marked * float(np.prod(image.header.get_zooms())) / 1000
+    metadata["postprocess"] = {"WT": {"min_component_ml": least, "fill_holes": False}}
+    save_adapter(run / ADAPTER_FILE, tensors, metadata)
+    predict(cohort.manifest, cohort.root, run, run / "predictions", load_config(cohort.settings), device="cpu")
+    (row,) = diagnose(Given(run=run, manifest=cohort.manifest, root=cohort.root), only=["run"], device="cpu")
+    assert row["status"] == "ok" and "cleaned up as whole volumes and not compared" in row["measured"], row
+
+
 def test_a_run_trained_with_other_settings_is_a_fault(cohort: Cohort) -> None:
     given = Given(
         cohort.settings, ("model.input_range=minmax",), manifest=cohort.manifest, root=cohort.root, run=cohort.run
@@ -224,11 +275,16 @@ def test_what_stops_a_check_is_a_finding_and_the_others_go_on(cohort: Cohort, mo
     assert exit_code(rows) == 1 and exit_code(rows[:1]) == 0
 
 
-def test_a_bound_that_is_too_low_is_no_fault(cohort: Cohort) -> None:
-    given = Given(cohort.settings, ("model.image_size=128",), cohort.manifest, cohort.root)
-    (row,) = diagnose(given, only=["overfit"], device="cpu", minutes=0.0)
-    assert row["status"] == "skipped", row
-    assert "--steps, --minutes" in row["meaning"] and len(row["numbers"]["curve"]) == 1
+def test_a_bound_that_is_too_low_is_no_fault_and_said_at_the_end(
+    cohort: Cohort, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--config", cohort.settings, "--manifest", cohort.manifest, "--root", cohort.root, "--device", "cpu")
+    words += ("--set", "model.image_size=128", "--check", "overfit", "--check", "run", "--minutes", "0")
+    code, out, _ = call(capsys, "doctor", *words)
+    first, second, last = out.splitlines()
+    assert code == 0 and first.startswith("skipped  overfit") and "Remedy: Give more (--steps, --minutes)" in first
+    # That no run was given leaves nothing open.
+    assert second.startswith("skipped  run") and last == "no fault found; not decided: overfit"
 
 
 def test_rows_have_the_keys_that_are_promised() -> None:

@@ -300,6 +300,14 @@ def test_h6_a_high_rank_without_a_scale(cohort: Cohort) -> None:
     assert row["numbers"]["times_rank_4"] > 3
 
 
+@pytest.mark.parametrize("method", ["sam_parser+lora", "lora+adapter", "lora+bitfit"])
+def test_h6_a_high_rank_within_a_combination(cohort: Cohort, method: str) -> None:
+    """Whatever stands first, whether or not the whole can be merged, and however far the other part moves."""
+    high = ("method.rank=64", "method.scaling=none")
+    assert examined(cohort, "step", f"method.name={method}")["step"]["status"] == "ok"
+    named(examined(cohort, "step", f"method.name={method}", *high)["step"], "grows with the rank", "at rank 64")
+
+
 def test_h6_a_branch_that_does_not_start_at_zero(cohort: Cohort, monkeypatch: Patch) -> None:
     own = low_rank.Branch.create
 

@@ -72,6 +72,18 @@ def test_methods_take_the_keys_that_they_read(tmp_path: Path) -> None:
     assert labels(path) == ["method=full", "method=lora,rank=4", "method=lora,rank=8"]
 
 
+def test_a_key_may_be_read_at_some_points_only(tmp_path: Path) -> None:
+    """The rank says something of a decoder with low-rank branches, the learning rate of a fusion that is learned."""
+    grid = {"method.decoder": ["full", "lora"], "method.rank": [2, 4]}
+    path = write(tmp_path / "s.yaml", methods=[{"name": "adapter"}], grid=grid)
+    assert labels(path) == ["decoder=full", "decoder=lora,rank=2", "decoder=lora,rank=4"]
+    grid = {"fusion.name": ["mean_logit", "learned"], "train.lr": [0.1, 0.2]}
+    path = write(tmp_path / "f.yaml", methods=[{"name": "zero_shot"}], grid=grid)
+    assert labels(path) == ["fusion=mean_logit", "fusion=learned,lr=0.1", "fusion=learned,lr=0.2"]
+    keys = {"method.decoder": ["full", "lora"], "method.rank": {"low": 2, "high": 8}}
+    assert load_sweep(write(tmp_path / "t.yaml", methods=[{"name": "adapter"}], study={"keys": keys})).keys == (*keys,)
+
+
 def test_a_sweep_can_name_its_pipeline(tmp_path: Path) -> None:
     write(tmp_path / "base.yaml")
     path = tmp_path / "s.yaml"
@@ -92,7 +104,17 @@ def test_a_sweep_can_name_its_pipeline(tmp_path: Path) -> None:
         ({"grid": {"method.rank": 2}}, "needs a list of values"),
         ({"grid": {"method.rank": [2, "two"]}}, r"point method\.rank=two: method\.rank: .*integer"),
         ({"grid": {"method.rank": [2, 2]}}, r"two values of method\.rank are called 2"),
-        ({"grid": {"method.tokens": [2]}}, r"no method reads method\.tokens"),
+        ({"grid": {"method.tokens": [2]}}, r"no point reads method\.tokens"),
+        (
+            {"grid": {"evaluate.challenge": [None, "brats2023-gli"]}},
+            r"evaluate\.challenge is swept, but all points are",
+        ),
+        ({"study": {"keys": {"evaluate.bootstrap": [100, 200]}}}, r"evaluate\.bootstrap is swept, but all points are"),
+        (
+            {"methods": [{"name": "lora"}], "grid": {"method.name": ["full", "lora"], "method.tokens": [2]}},
+            r"no point reads method\.tokens",
+        ),
+        ({"study": {"keys": {"method.rank": [2, 4], "method.tokens": [2]}}}, r"no point reads method\.tokens"),
         ({"grid": {"method.rank": [2]}, "gird": 1}, "unknown key gird; did you mean grid"),
         ({"grid": {"method.rank": [2]}, "folds": 2, "score": "val"}, "folds have no validation cases"),
         ({"study": {"keys": {"method.rank": [2]}}, "score": "test"}, "cannot be judged on them any more"),
