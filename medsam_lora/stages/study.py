@@ -23,8 +23,8 @@ from medsam_lora.stages.pipeline import Method
 from medsam_lora.stages.point_names import text_of
 from medsam_lora.stages.scoring import FLOOR
 from medsam_lora.stages.sweep_file import Point, Sweep, point_of, swept_methods
-from medsam_lora.stages.sweep_points import run_point, write_sweep_table
-from medsam_lora.stages.sweep_table import FAILED
+from medsam_lora.stages.sweep_points import TRACEBACK_FILE, run_point, write_sweep_table
+from medsam_lora.stages.sweep_table import DONE, FAILED, INCOMPLETE
 from medsam_lora.stages.workplace import Workplace, timed
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ BEST_FILE: Final = "best.yaml"
 _IDENTITY: Final = "identity"
 # As many digits as a name shows: the run is of the very value that its folder names.
 _DIGITS: Final = 3
+_WHY: Final = {
+    FAILED: f"failed, see its {TRACEBACK_FILE}",
+    INCOMPLETE: "is incomplete: some of its cases failed, see failures.csv",
+}
 
 
 def check_installed() -> None:
@@ -56,7 +60,10 @@ def check_installed() -> None:
 
 
 def run_study(place: Workplace, sweep: Sweep) -> list[Point]:
-    """Go on with a study, or begin it, until it has its number of trials.
+    """Go on with a study, or begin it, until it has its number of trials with a score.
+
+    A trial that was stopped is taken up again. One that failed, or some of whose cases did, does not count; a call
+    ends when as many have failed in it as the study is to have.
 
     Parameters
     ----------
@@ -83,14 +90,31 @@ def run_study(place: Workplace, sweep: Sweep) -> list[Point]:
     others = [Point(m, {}) for m in place.pipeline.methods if m not in swept_methods(sweep)]
     for point in others:
         run_point(place, point)
-    while course.finished() < options.trials:
+    course.name_failed()
+    failed: list[str] = []
+    # Failures do not count, so that they have to be bounded: what always fails would go on for ever.
+    while course.scored() < options.trials and len(failed) < options.trials:
         trial = course.next()
         point = course.point(trial.params)
-        logger.info("trial %d of %d: %s", trial.number + 1, options.trials, point.label)
-        with timed(place, point.label):
-            status = run_point(place, point)
-        course.tell(trial.number, None if status == FAILED else validation_dice(place.out, point.label))
+        logger.info("trial %d (%d of %d have a score): %s", trial.number, course.scored(), options.trials, point.label)
+        status = FAILED
+        if point.label not in failed:
+            with timed(place, point.label):
+                status = run_point(place, point)
+        # A score in which failed cases count 0 says nothing of the settings.
+        course.tell(trial.number, validation_dice(place.out, point.label) if status == DONE else None)
+        if status != DONE:
+            failed.append(point.label)
+            logger.warning("trial %d does not count: %s %s", trial.number, point.label, _WHY[status])
         write_sweep_table(place, sweep, [*others, *course.points()])
+    if course.scored() < options.trials:
+        logger.error(
+            "the study ends with %d of %d trials: %d failed in this call; mend what made them fail, and give the same "
+            "command again",
+            course.scored(),
+            options.trials,
+            len(failed),
+        )
     course.write_best()
     return [*others, *course.points()]
 
@@ -112,16 +136,26 @@ class _Course:
     base: Method
     study: Study
 
-    def finished(self) -> int:
-        return sum(trial.state.is_finished() for trial in self.study.trials)
+    def scored(self) -> int:
+        """Trials that count."""
+        return sum(trial.value is not None for trial in self.study.trials)
+
+    def name_failed(self) -> None:
+        """Say which trials of earlier calls do not count."""
+        ended = [t for t in self.study.trials if t.state.is_finished() and t.value is None and self._is_whole(t)]
+        if ended:
+            told = ", ".join(f"{trial.number} ({self.point(trial.params).label})" for trial in ended)
+            logger.warning("trials that failed before do not count: %s", told)
+
+    def _is_whole(self, trial: FrozenTrial) -> bool:
+        return set(trial.params) == set(self.sweep.keys)
 
     def next(self) -> FrozenTrial:
         """The trial that was stopped, else a new one."""
-        names = set(self.sweep.keys)
         for trial in self.study.trials:
             if trial.state.is_finished():
                 continue
-            if set(trial.params) == names:
+            if self._is_whole(trial):
                 return trial
             self.tell(trial.number, None)  # stopped before it had all its values
         options = self.sweep.settings.study
@@ -144,8 +178,8 @@ class _Course:
 
     def points(self) -> list[Point]:
         """The points of the trials, each once."""
-        complete = [trial for trial in self.study.trials if set(trial.params) == set(self.sweep.keys)]
-        return list({point.label: point for point in (self.point(trial.params) for trial in complete)}.values())
+        whole = [trial for trial in self.study.trials if self._is_whole(trial)]
+        return list({point.label: point for point in (self.point(trial.params) for trial in whole)}.values())
 
     def tell(self, number: int, dice: float | None) -> None:
         from optuna.trial import TrialState

@@ -37,7 +37,7 @@ class RangeSection(Section):
 class StudySection(Section):
     """A search by optuna for the best validation Dice (extra `sweep`)."""
 
-    trials: int = Field(20, ge=1, description="Trials in all, with those of earlier calls.")
+    trials: int = Field(20, ge=1, description="Trials with a score in all, with those of earlier calls.")
     seed: int = Field(0, ge=0, description="Seed of the sampler.")
     sampler: Literal["tpe", "random"] = Field("tpe", description="How the next point is chosen.")
     keys: dict[str, Any] = Field(

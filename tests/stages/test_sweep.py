@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 
 from medsam_lora import cli
-from medsam_lora.errors import ConfigError
+from medsam_lora.errors import ConfigError, DataError
+from medsam_lora.records import Finding
 from medsam_lora.stages import sweep_points
 from medsam_lora.stages.pipeline import load_pipeline
 from medsam_lora.stages.sweep import sweep_file
@@ -272,3 +273,55 @@ def test_a_study_goes_on_where_it_stopped_and_sees_no_test_case(
     assert "best on the validation cases: rank=" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="begun with other keys, settings, cases or seed"):
         sweep_file(path, ["train.batch_size=4"], out, device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_fails_in_a_study_does_not_count_is_named_and_ends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optuna = pytest.importorskip("optuna", reason="optuna is not installed (extra `sweep`)")
+    keys = {"train.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+    path, out = write(tmp_path / "s.yaml", study={"trials": 2, "keys": keys}), tmp_path / "out"
+    real, script = sweep_points.train_and_predict, ["fail", "cases fail", "stop", "go on", "go on"]
+
+    def scripted(place: Any, method: Any, *rest: Any) -> None:
+        what = "go on" if method.label == "zero_shot" else script.pop(0)
+        if what == "fail":
+            raise DataError("a case is on a disk that is not there")
+        if what == "stop":
+            raise KeyboardInterrupt
+        real(place, method, *rest)
+        if what == "cases fail":
+            place.failures.append(Finding("a", "", "out_of_memory", "error", "memory ran out", "Use less."))
+
+    def states() -> list[str]:
+        study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{out / 'study.db'}")
+        return [trial.state.name for trial in study.trials]
+
+    monkeypatch.setattr(sweep_points, "train_and_predict", scripted)
+    # As many fail as are asked for: it ends, although none has a score.
+    assert sweep_file(path, [], out, device="cpu") == 1
+    assert states() == ["FAIL", "FAIL"] and len(script) == 3
+    assert "trial 0 does not count: lr=" in caplog.text and "trial 1 does not count: lr=" in caplog.text
+    assert "ends with 0 of 2 trials: 2 failed in this call" in caplog.text
+    caplog.clear()
+    with pytest.raises(KeyboardInterrupt):
+        sweep_file(path, [], out, device="cpu")
+    assert states() == ["FAIL", "FAIL", "RUNNING"] and "failed before do not count: 0 (lr=" in caplog.text
+    sweep_file(path, [], out, device="cpu")
+    assert states() == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"] and script == []
+    assert [r["status"] for r in read(out / "sweep.csv")] == ["done", "failed", "incomplete", "done", "done"]
+
+
+def test_a_point_that_failed_is_not_run_twice_in_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna", reason="optuna is not installed (extra `sweep`)")
+    path = write(tmp_path / "s.yaml", methods=[{"name": "lora"}], study={"trials": 6, "keys": {"method.rank": [2, 4]}})
+    tried: list[str] = []
+
+    def failing(_: Any, method: Any, *rest: Any) -> None:
+        tried.append(method.label)
+        raise DataError("no weights are there")
+
+    monkeypatch.setattr(sweep_points, "train_and_predict", failing)
+    assert sweep_file(path, [], tmp_path / "out", device="cpu") == 1
+    assert sorted(tried) == sorted(set(tried)) and not (tmp_path / "out" / "best.yaml").exists()
