@@ -335,6 +335,7 @@ def test_every_method_of_the_comparison_runs_at_tiny_size(tmp_path: Path) -> Non
             "lora_r64",
             "lora_r16_unscaled",
             "lora_r64_unscaled",
+            "lora_r16_rate_x10",
         ),
         *("adapter", "prefix", "sam_parser", "sam_parser_lora_r16", "full"),
     ]
@@ -347,3 +348,6 @@ def test_every_method_of_the_comparison_runs_at_tiny_size(tmp_path: Path) -> Non
     assert count["full"] == max(count.values())
     settings = load_config(tmp_path / "out" / "runs" / "lora_r16_unscaled" / "config.yaml").method
     assert (settings.rank, settings.scaling) == (16, "none")
+    # The encoder alone has ten times the rate.
+    fast = load_config(tmp_path / "out" / "runs" / "lora_r16_rate_x10" / "config.yaml").train
+    assert fast.lr_encoder == pytest.approx(10 * fast.lr) and fast.lr == 2.0e-4
