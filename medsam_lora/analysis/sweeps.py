@@ -231,10 +231,12 @@ def _dot(axes: Axes, at: float, point: Point, look: tuple[str, str], name: str, 
 
 def _cost_scale(axes: Axes, values: Sequence[float]) -> None:
     positive = [value for value in values if value > 0]
+    left = -0.03 * max(positive, default=1)
     if positive and max(positive) >= 10 * min(positive):
         # Zero-shot trains nothing: it keeps its place at the left end.
         axes.set_xscale("symlog", linthresh=min(positive))
-    axes.set_xlim(left=-0.03 * max(positive, default=1), right=1.15 * max(positive, default=1))
+        left = -0.3 * min(positive)
+    axes.set_xlim(left=left, right=1.15 * max(positive, default=1))
     axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
 
 

@@ -5,7 +5,8 @@ MViTv2 decomposes them (arXiv 2112.01526, section 4.1), taken from the *unscaled
 
 - `augmented`: both terms are linear in the query, so that they are columns of a longer query and of a one-hot longer
   key, and one fused `scaled_dot_product_attention` computes all of it (published as FlashBias, NeurIPS 2025);
-- `chunked`: a few rows of the score matrix at a time, small enough for the cache, made once more in the backward pass;
+- `attention_chunks.chunked`: a few rows of the score matrix at a time, small enough for the cache, made once more in the
+  backward pass;
 - `biased`: the two terms as a full attention mask; the mask is N x N for every head.
 
 Which one runs where is decided in `attention_choice`.
@@ -21,19 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medsam_lora.models.attention_chunks import chunked, pieces_of
-from medsam_lora.models.positions import Positions, folded, position_scores, relative_positions
-
-__all__ = [
-    "Positions",
-    "augmented",
-    "biased",
-    "chunked",
-    "kept_by_fused_kernels",
-    "pieces_of",
-    "position_scores",
-    "relative_positions",
-]
+from medsam_lora.models.positions import Positions, folded, position_scores
 
 
 def augmented(q: Tensor, k: Tensor, v: Tensor, positions: Positions, qk_width: int = 0, v_width: int = 0) -> Tensor:
@@ -42,7 +31,7 @@ def augmented(q: Tensor, k: Tensor, v: Tensor, positions: Positions, qk_width: i
     Parameters
     ----------
     q, k, v, positions
-        See `chunked`.
+        See `attention_chunks.chunked`.
     qk_width, v_width : int
         Widths that queries and keys, and values, are padded to with zeros, which changes nothing but which kernels
         accept them; no padding where they are smaller than needed.
@@ -65,7 +54,7 @@ def augmented(q: Tensor, k: Tensor, v: Tensor, positions: Positions, qk_width: i
 
 
 def biased(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
-    """Attention by one fused call with the position terms as its mask, shape (n, heads, N, N); see `chunked`."""
+    """Attention as of `augmented`, by one fused call with the position terms as its mask, shape (n, heads, N, N)."""
     by_row, by_column = position_scores(q, positions)
     bias = (by_row[..., :, None] + by_column[..., None, :]).flatten(-2)
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))

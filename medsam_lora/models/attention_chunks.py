@@ -70,8 +70,7 @@ class _Chunked(torch.autograd.Function):
             out = torch.empty_like(scores.q)
             for piece in _pieces(scores.by_row, CHUNK_BYTES):
                 units = piece[0]
-                # Named unpacking keeps one row block of all heads of a few windows together.
-                torch.bmm(scores.probabilities(piece).to(v.dtype), v[units], out=_at(out, piece))
+                torch.bmm(scores.probabilities(piece), v[units], out=_at(out, piece))
         return out.unflatten(0, q.shape[:2])
 
     @staticmethod
@@ -87,25 +86,24 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, positions: Positions, gradient: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     scores = _Scores(q, k, positions)
-    n_heads, wide = q.shape[:2], scores.wide
+    n_heads = q.shape[:2]
     v, gradient = v.flatten(0, 1), gradient.flatten(0, 1).contiguous()
-    grad_q = torch.empty(scores.q.shape, dtype=wide, device=q.device)
-    grad_k, grad_v = (torch.zeros(scores.q.shape, dtype=wide, device=q.device) for _ in "kv")
+    grad_q = torch.empty_like(scores.q)
+    grad_k, grad_v = (torch.zeros_like(scores.q) for _ in "kv")
     grad_rows, grad_columns = torch.empty_like(scores.by_row), torch.empty_like(scores.by_column)
     for piece in _pieces(scores.by_row, CHUNK_BYTES):
         units = piece[0]
         probabilities = scores.probabilities(piece)
         from_output = _at(gradient, piece)
-        _accumulate(grad_v[units], probabilities.to(v.dtype).transpose(1, 2), from_output)
-        by_value = torch.bmm(from_output, v[units].transpose(1, 2)).to(wide)
+        grad_v[units].baddbmm_(probabilities.transpose(1, 2), from_output)
+        by_value = torch.bmm(from_output, v[units].transpose(1, 2))
         # Of the fused kernel, one pass in the place of three: P * (dP - sum(dP * P)).
-        delta = torch.ops.aten._softmax_backward_data(by_value, probabilities, -1, wide)
+        delta = torch.ops.aten._softmax_backward_data(by_value, probabilities, -1, q.dtype)
         grid = delta.unflatten(-1, scores.grid)
         torch.sum(grid, -1, out=_at(grad_rows, piece))
         torch.sum(grid, -2, out=_at(grad_columns, piece))
-        delta = delta.to(q.dtype)
-        _at(grad_q, piece).copy_(torch.bmm(delta, scores.k[units]))
-        _accumulate(grad_k[units], delta.transpose(1, 2), _at(scores.q, piece))
+        torch.bmm(delta, scores.k[units], out=_at(grad_q, piece))
+        grad_k[units].baddbmm_(delta.transpose(1, 2), _at(scores.q, piece))
     return _gathered(grad_q, grad_k, grad_v, grad_rows, grad_columns, q, positions, needed, n_heads)
 
 
@@ -216,7 +214,6 @@ class _Scores:
     """The score matrices of all windows and heads ("units"): pieces of units and query rows, made on demand."""
 
     def __init__(self, q: Tensor, k: Tensor, positions: Positions) -> None:
-        self.wide = torch.promote_types(q.dtype, torch.float32)
         self.grid = positions.rows.shape[0], positions.columns.shape[0]
         self.k = k.flatten(0, 1)
         self.q = (q * q.shape[-1] ** -0.5).flatten(0, 1)
@@ -227,9 +224,8 @@ class _Scores:
         """Softmax of one piece, shape (units, rows, N)."""
         bias = (_at(self.by_row, piece)[..., :, None] + _at(self.by_column, piece)[..., None, :]).flatten(-2)
         keys = self.k[piece[0]].transpose(1, 2)
-        # In float32 the product is added where the bias stands, without a pass of its own.
-        _accumulate(bias, _at(self.q, piece), keys)
-        return torch.softmax(bias, dim=-1)
+        # The product is added where the bias stands, without a pass of its own.
+        return bias.baddbmm_(_at(self.q, piece), keys).softmax(dim=-1)
 
 
 def _pieces(units: Tensor, n_bytes: int) -> Iterator[Piece]:
@@ -239,7 +235,7 @@ def _pieces(units: Tensor, n_bytes: int) -> Iterator[Piece]:
     """
     n_units, n_tokens = units.shape[:2]
     bytes_per_row = n_tokens * units.itemsize
-    chunk_bytes = _chunk_bytes if _chunk_bytes else n_bytes
+    chunk_bytes = _chunk_bytes or n_bytes
     n_rows = min(n_tokens, max(_FEWEST_ROWS, chunk_bytes // bytes_per_row))
     together = max(1, chunk_bytes // (bytes_per_row * n_rows))
     for unit in range(0, n_units, together):
@@ -249,11 +245,3 @@ def _pieces(units: Tensor, n_bytes: int) -> Iterator[Piece]:
 
 def _at(tensor: Tensor, piece: Piece) -> Tensor:
     return tensor[piece[0], piece[1]]
-
-
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``; the sum is kept in the total's type where the product is in half precision."""
-    if total.dtype == left.dtype:
-        total.baddbmm_(left, right)
-    else:
-        total += torch.bmm(left, right)

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from medsam_lora.config import MethodConfig
-from medsam_lora.models.attention import kept_by_fused_kernels, pieces_of
+from medsam_lora.models.attention import kept_by_fused_kernels
+from medsam_lora.models.attention_chunks import pieces_of
 from medsam_lora.models.precision import autocast
 from medsam_lora.models.sam import SamModel, blank
 from medsam_lora.peft import attach

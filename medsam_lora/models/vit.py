@@ -16,8 +16,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from medsam_lora.models import attention
-from medsam_lora.models.attention import Positions, relative_positions
 from medsam_lora.models.attention_choice import choose
+from medsam_lora.models.attention_chunks import chunked
+from medsam_lora.models.positions import Positions, relative_positions
 from medsam_lora.sam_modules import ImageEncoderViT
 
 
@@ -86,7 +87,7 @@ class GridAttention(nn.Module):
         chosen = choose(self.how, q.device.type, q.shape[-1], grid, q.itemsize == 2, capability)
         if chosen.name == "augmented":
             return attention.augmented(q, k, v, positions, chosen.qk_width, chosen.v_width)
-        return (attention.biased if chosen.name == "biased" else attention.chunked)(q, k, v, positions)
+        return (attention.biased if chosen.name == "biased" else chunked)(q, k, v, positions)
 
 
 class GridBlock(nn.Module):

@@ -22,7 +22,7 @@ from medsam_lora.models import MODELS
 from medsam_lora.models.allocator import is_out_of_memory, keep_freed_memory
 from medsam_lora.models.assemble import adapter_metadata, build_segmenter, choose_device, load_segmenter
 from medsam_lora.models.checkpoint import save_adapter
-from medsam_lora.models.precision import float32_products, resolve_amp
+from medsam_lora.models.precision import resolve_amp
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft import method_spec
 from medsam_lora.prompts import REFERENCE_BOX
@@ -328,7 +328,7 @@ def check_reloaded(
     # Embeddings computed in another batch differ in their last bits, which is not what is asked here.
     reloaded.cache, reloaded.cache_point = segmenter.cache, segmenter.cache_point
     prompt = config.prompt
-    with deterministic(), float32_products(device, config.train.amp):
+    with deterministic():
         pairs = [
             tuple(
                 validate_case(model, case, prompt.boxes, prompt.min_component_voxels, options).dice

@@ -119,7 +119,7 @@ def check_neighbours(cases: Sequence[PreparedSlices], depth: int, store: Path) -
     """
     if depth == 1:
         return
-    there = [k + step in set(case.ks) for case in cases for k in case.ks for step in (-1, 1)]
+    there = [k + step in known for known in (set(case.ks) for case in cases) for k in known for step in (-1, 1)]
     share = sum(there) / max(len(there), 1)
     if not share:
         raise TrainingError(

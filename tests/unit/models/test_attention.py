@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from medsam_lora.models import attention_chunks
-from medsam_lora.models.attention import Positions, augmented, biased, chunked, pieces_of, relative_positions
+from medsam_lora.models.attention import augmented, biased
 from medsam_lora.models.attention_choice import ATTENTIONS, choose
+from medsam_lora.models.attention_chunks import chunked, pieces_of
+from medsam_lora.models.positions import Positions, relative_positions
 
 GRIDS = [(5, 7), (2, 6), (8, 8)]
 WAYS = {"chunked": chunked, "augmented": augmented, "biased": biased}
