@@ -5,8 +5,8 @@ MViTv2 decomposes them (arXiv 2112.01526, section 4.1), taken from the *unscaled
 
 - `augmented`: both terms are linear in the query, so that they are columns of a longer query and of a one-hot longer
   key, and one fused `scaled_dot_product_attention` computes all of it (published as FlashBias, NeurIPS 2025);
-- `attention_chunks.chunked`: a few rows of the score matrix at a time, small enough for the cache, made once more in the
-  backward pass;
+- `attention_chunks.chunked`: a few rows of the score matrix at a time, small enough for the cache, made once more in
+  the backward pass;
 - `biased`: the two terms as a full attention mask; the mask is N x N for every head.
 
 Which one runs where is decided in `attention_choice`.
