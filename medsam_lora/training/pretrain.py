@@ -161,8 +161,9 @@ def _average_gradients(sam: SamModel, world: int) -> None:
     # A token that no prompt of this process used has no gradient; all processes must send the same.
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     torch.distributed.all_reduce(flat)
-    for parameter, part in zip(parameters, (flat / world).split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter).clone()
+    flat /= world
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def pretrain(
@@ -197,4 +198,5 @@ def pretrain(
 def new_optimiser(sam: SamModel, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW over everything that is trained; the Fourier features of prompts are not."""
     parameters: list[Any] = [p for p in sam.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    # Of many small tensors, most of an update is calls; the fused one makes a third of them.
+    return torch.optim.AdamW(parameters, recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True)

@@ -69,6 +69,11 @@ def fail_in_the_second(out: Path) -> None:
         group.gathered(0)
 
 
+def note_blas(out: Path) -> None:
+    with joined("cpu") as (group, _):
+        (out / f"blas{group.rank}").write_text(os.environ.get("OPENBLAS_NUM_THREADS", ""))
+
+
 def noted(path: Path) -> Any:
     return torch.load(path, weights_only=False)
 
@@ -105,6 +110,19 @@ def test_an_error_in_one_process_is_that_of_the_run(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="the loss is nan") as caught:
         launch(fail_in_the_second, 2, {"out": tmp_path})
     assert (caught.value.case_id, caught.value.remedy) == ("a", "Lower train.lr.")
+
+
+@pytest.mark.parametrize("chosen", [None, "3"])
+def test_each_process_gives_blas_its_share_of_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    if chosen:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", chosen)
+    launch(note_blas, 2, {"out": tmp_path})
+    assert {(tmp_path / f"blas{rank}").read_text() for rank in (0, 1)} == {chosen or "4"}
+    assert os.environ.get("OPENBLAS_NUM_THREADS") == chosen
 
 
 @pytest.mark.parametrize(
