@@ -266,6 +266,11 @@ class PredictConfig(Section):
         "with products in TensorFloat-32 (CUDA only).",
     )
     threshold: float = Field(0.5, gt=0, lt=1, description="Probability above which a voxel is tumour.")
+    prompts: Literal["boxes", "none"] = Field(
+        "boxes",
+        description="boxes: those of a table or of the reference; none: every slice that shows brain, without a "
+        "prompt, for methods that need none (prompt_tokens).",
+    )
     keep_embeddings: bool = Field(
         False,
         description="Keep the embeddings of this adapter in the room of train.cache_gib, so that a second prediction "

@@ -15,6 +15,7 @@ from medsam_lora.geometry import place
 from medsam_lora.labels import SNFH
 from medsam_lora.prompts.sources import reference_boxes
 from medsam_lora.records import CaseVolumes, PreparedSlices
+from medsam_lora.stages.case_boxes import BoxOptions
 from medsam_lora.stages.predict import Task, native_masks
 from medsam_lora.stages.train import run_metadata
 from medsam_lora.transforms.resizing import through_decoder_grid
@@ -120,8 +121,7 @@ def predict_volumes(subject: Subject, volumes: CaseVolumes, case: PreparedSlices
         PreparePlan.from_json(metadata["plan"]),
         subject.root,
         subject.work,
-        kind,
-        fewest,
+        BoxOptions(kind, fewest),
         subject.options,
         int(config.data.max_gib * 2**30),
         {},

@@ -39,6 +39,8 @@ class MethodSpec:
         The settings of section ``method`` that it reads.
     identity : bool
         Whether the adapted model starts as the base model.
+    prompted : bool
+        Whether it goes by the prompts that it is given; False: it has its own, and predicts without any.
     """
 
     name: str
@@ -48,6 +50,7 @@ class MethodSpec:
     module: str
     options: tuple[str, ...] = ()
     identity: bool = True
+    prompted: bool = True
 
 
 LOW_RANK_OPTIONS: Final = ("rank", "alpha", "scaling", "dropout", "targets", "dora", "init", "lora_plus")
@@ -128,6 +131,7 @@ METHODS: Final[Mapping[str, MethodSpec]] = {
         "medsam_lora.peft.prompt_tokens",
         ("tokens", *DECODER_OPTIONS),
         identity=False,
+        prompted=False,
     ),
     "sam_parser": MethodSpec(
         "sam_parser",
@@ -243,6 +247,7 @@ def method_spec(name: str) -> MethodSpec:
         "medsam_lora.peft.combine",
         tuple(dict.fromkeys(option for spec in specs for option in spec.options)),
         all(spec.identity for spec in specs),
+        all(spec.prompted for spec in specs),
     )
 
 

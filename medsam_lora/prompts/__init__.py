@@ -17,9 +17,11 @@ BOX_KINDS: Final[Mapping[str, Callable[[np.ndarray, int], np.ndarray]]] = {
 
 REFERENCE_BOX: Final = "reference_box"
 BOX_TABLE: Final = "box_table"
+NO_PROMPT: Final = "none"
 
 PROMPT_SOURCES: Final[Mapping[str, str]] = {
     REFERENCE_BOX: "boxes around the reference of the very case that is predicted: an upper bound, not a result in use",
     BOX_TABLE: "boxes of a table case_id,k,i0,j0,i1,j1 in the frame of the file",
+    NO_PROMPT: "no prompt: every slice that shows brain is predicted, whole",
 }
 """Where boxes come from, as named in every row of results."""

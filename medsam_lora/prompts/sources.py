@@ -147,6 +147,30 @@ def reference_boxes(
     return sorted(rows, key=lambda box: box.k)
 
 
+def whole_slices(shows: np.ndarray) -> list[SliceBox]:
+    """A box around each whole slice that shows something, for methods that need no prompt.
+
+    Parameters
+    ----------
+    shows : ndarray of bool, shape (X, Y, Z)
+        On the native grid.
+
+    Returns
+    -------
+    list of SliceBox
+        By ascending k.
+
+    Examples
+    --------
+    >>> shows = np.zeros((4, 3, 2), bool)
+    >>> shows[2, 2, 1] = True
+    >>> whole_slices(shows)
+    [SliceBox(k=1, i0=0.0, j0=0.0, i1=4.0, j1=3.0)]
+    """
+    x, y, _ = shows.shape
+    return [_slice_box(int(k), (0, 0, x, y)) for k in np.flatnonzero(shows.any(axis=(0, 1)))]
+
+
 def on_grid(boxes: Sequence[SliceBox], source: Geometry, target: Geometry) -> dict[int, np.ndarray]:
     """Bring native boxes to the slices of another grid, exactly.
 

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from medsam_lora.config import Config, Section, apply_overrides, build_config, load_yaml, nearest
 from medsam_lora.errors import ConfigError
-from medsam_lora.peft import method_spec
+from medsam_lora.stages.case_boxes import check_prompts
 
 Stage = Literal["verify", "prepare", "train", "predict", "evaluate", "compare", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -187,5 +187,5 @@ def _method(base: Mapping[str, Any], entry: Mapping[str, Any], overrides: Sequen
             data[section] = {**data.get(section, {}), **changes}
     data["method"] = {**data.get("method", {}), **options}
     config = build_config(apply_overrides(data, overrides), path)
-    method_spec(config.method.name)
+    check_prompts(config.predict.prompts, config.method.name)
     return Method(str(entry.get("label", config.method.name)), config)

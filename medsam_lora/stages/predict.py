@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from medsam_lora.config import Config, PredictConfig
-from medsam_lora.errors import DataError, ManifestError, MedsamLoraError
+from medsam_lora.errors import ConfigError, DataError, ManifestError, MedsamLoraError
 from medsam_lora.inference import postprocess
 from medsam_lora.inference.predictor import PredictOptions, predict_slices
 from medsam_lora.inference.volume import to_native
@@ -32,9 +32,10 @@ from medsam_lora.models.checkpoint import check_base
 from medsam_lora.models.precision import resolve_amp
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.progress import track
-from medsam_lora.prompts import BOX_TABLE, REFERENCE_BOX
-from medsam_lora.prompts.sources import inside, on_grid, read_box_table, reference_boxes, write_box_table
+from medsam_lora.prompts import BOX_TABLE, NO_PROMPT, REFERENCE_BOX
+from medsam_lora.prompts.sources import on_grid, read_box_table, write_box_table
 from medsam_lora.records import CaseRecord, CaseVolumes, Finding, SliceBox, StageOutcome
+from medsam_lora.stages.case_boxes import BoxOptions, boxes_of_case, check_prompts
 from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.stages.train import ADAPTER_FILE, CACHE_FOLDER
 from medsam_lora.training.guards import peak_memory_mib, reset_peak_memory
@@ -54,15 +55,20 @@ class Task:
     plan: PreparePlan
     root: Path
     out: Path
-    kind: str
-    min_voxels: int
+    boxes: BoxOptions
     options: PredictOptions
     max_bytes: int
     clean_up: Mapping[str, postprocess.CleanUp]
 
 
 def task_of(
-    segmenter: Segmenter, metadata: Mapping[str, Any], root: Path, out: Path, options: PredictOptions, max_bytes: int
+    segmenter: Segmenter,
+    metadata: Mapping[str, Any],
+    root: Path,
+    out: Path,
+    options: PredictOptions,
+    max_bytes: int,
+    prompted: bool = True,
 ) -> Task:
     """What every case shares, from what an adapter says of itself.
 
@@ -75,14 +81,15 @@ def task_of(
     options : PredictOptions
     max_bytes : int
         Cap on the bytes that the header of a volume may claim.
+    prompted : bool
+        False: whole slices take the place of boxes.
     """
     return Task(
         segmenter,
         PreparePlan.from_json(metadata["plan"]),
         root,
         out,
-        metadata["prompts"]["kind"],
-        metadata["prompts"]["min_voxels"],
+        BoxOptions(metadata["prompts"]["kind"], metadata["prompts"]["min_voxels"], prompted),
         options,
         max_bytes,
         postprocess.from_json(metadata.get("postprocess", {})),
@@ -134,11 +141,15 @@ def predict(
     target = choose_device(device)
     reset_peak_memory(target)
     records = chosen_cases(read_manifest(manifest), split, manifest)
+    prompted = config.predict.prompts == "boxes"
+    if boxes is not None and not prompted:
+        raise ConfigError("--boxes was given beside predict.prompts=none", remedy="Leave one of them out.")
     given = None if boxes is None else read_box_table(boxes)
     chosen = config.model.model_fields_set
     segmenter, metadata = load_segmenter(
         adapter, config.model.weights, target, config.model.attention if "attention" in chosen else None
     )
+    check_prompts(config.predict.prompts, metadata["method"])
     if "grid" in chosen:
         # What else a model section says is as trained; this was asked for by name and would be another function.
         check_base(metadata, segmenter.sam.name, segmenter.sam.base_sha256, None, adapter, config.model.grid)
@@ -153,6 +164,7 @@ def predict(
         out,
         options,
         int(config.data.max_gib * 2**30),
+        prompted,
     )
     _, meanings = label_map_of(np.zeros((len(segmenter.regions), 1, 1, 1), bool), segmenter.regions)
     if segmenter.regions_by_area:
@@ -168,7 +180,7 @@ def predict(
             "run": run.name if run.is_dir() else run.stem,
             "method": metadata["method"],
             "method_options": metadata["method_options"],
-            "prompt_source": REFERENCE_BOX if boxes is None else BOX_TABLE,
+            "prompt_source": NO_PROMPT if not prompted else REFERENCE_BOX if boxes is None else BOX_TABLE,
             "regions": list(segmenter.regions),
             "regions_from": REGIONS_BY_AREA if segmenter.regions_by_area else "training",
             "labels": {str(value): name for value, name in meanings.items()},
@@ -237,7 +249,7 @@ def predict_case(task: Task, record: CaseRecord, given: Sequence[SliceBox] | Non
     if len(case.modalities) < len(task.segmenter.modalities):
         absent = sorted(set(task.segmenter.modalities) - set(case.modalities))
         logger.warning("case %s: predicted without %s", record.case_id, ", ".join(absent))
-    boxes = _boxes(case, given, task)
+    boxes = boxes_of_case(case, given, task.boxes)
     label_map, meanings = label_map_of(native_masks(task, case, boxes), task.segmenter.regions)
     write_seg_nrrd(task.out / f"{record.case_id}.seg.nrrd", label_map, case.geometry, segments_for(meanings))
     # Last, as its presence says that the case is done.
@@ -273,33 +285,6 @@ def native_masks(task: Task, case: CaseVolumes, boxes: Sequence[SliceBox]) -> np
     if not task.clean_up:
         return native
     return postprocess.clean_regions(native, case.geometry.voxel_volume_ml, task.segmenter.regions, task.clean_up)
-
-
-def _boxes(case: CaseVolumes, given: Sequence[SliceBox] | None, task: Task) -> list[SliceBox]:
-    if given is not None:
-        if not given:
-            raise DataError(
-                "the box table has no line for this case",
-                case_id=case.record.case_id,
-                remedy="Add its boxes, or take the case out of the manifest.",
-            )
-        outside = [b for b in given if not inside(b, case.geometry)]
-        if outside:
-            b = outside[0]
-            raise DataError(
-                f"{len(outside)} boxes leave the volume of shape {case.geometry.shape}, the first is "
-                f"k={b.k} ({b.i0:g}, {b.j0:g}, {b.i1:g}, {b.j1:g})",
-                case_id=case.record.case_id,
-                remedy="Give voxel indices of this very file (array axes 0, 1, 2), half-open.",
-            )
-        return list(given)
-    if case.label_map is None:
-        raise DataError(
-            "the case has no reference to take box prompts from",
-            case_id=case.record.case_id,
-            remedy="Give boxes with --boxes FILE.csv (case_id,k,i0,j0,i1,j1).",
-        )
-    return reference_boxes(case.label_map, case.geometry, "WT", task.kind, task.min_voxels)
 
 
 class _Log:
@@ -358,7 +343,9 @@ def chosen_cases(records: Sequence[CaseRecord], split: str | None, manifest: Pat
 
 
 def _identity(adapter: Path, options: PredictConfig) -> str:
-    text = json.dumps([sha256_of(adapter), options.threshold, options.amp])
+    # Of predictions with boxes as it was before there were others, so that they are not made anew.
+    prompts = [] if options.prompts == "boxes" else [options.prompts]
+    text = json.dumps([sha256_of(adapter), options.threshold, options.amp, *prompts])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

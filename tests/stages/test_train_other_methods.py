@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import json
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
-from medsam_lora.config import Config, SlicingConfig, build_config
+from medsam_lora.config import Config, PredictConfig, SlicingConfig, build_config
 from medsam_lora.datasets.phantom import make_cohort
-from medsam_lora.errors import TrainingError
+from medsam_lora.errors import ConfigError, TrainingError
+from medsam_lora.io.manifest import read_manifest, write_manifest
 from medsam_lora.models.checkpoint import load_adapter
 from medsam_lora.stages.manifest import build_manifest
 from medsam_lora.stages.predict import predict
@@ -50,6 +55,52 @@ def test_memory_that_runs_out_is_one_clear_error(
     monkeypatch.setattr(Trainer, "_forward_backward", full)
     with pytest.raises(TrainingError, match=r"with 2 slices of 2 modalities.*train\.batch_size.*info --plan"):
         train(manifest, store, tmp_path / "run", config(name="lora", rank=2), device="cpu")
+
+
+def test_what_needs_no_prompt_predicts_without_a_reference(cohort: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """A patient's case: no reference, no boxes; every slice that shows brain, and the same mask whatever the boxes."""
+    manifest, root, store = cohort
+    chosen = config(name="prompt_tokens")
+    run = tmp_path / "run"
+    train(manifest, store, run, chosen, device="cpu")
+    records = [
+        dataclasses.replace(r, files={k: v for k, v in r.files.items() if k != "seg"}) for r in read_manifest(manifest)
+    ]
+    bare = tmp_path / "bare.csv"
+    write_manifest(bare, records)
+    without = chosen.model_copy(update={"predict": PredictConfig(prompts="none")})
+    found, boxed = tmp_path / "none", tmp_path / "boxes"
+    outcome = predict(bare, root, run, found, without, device="cpu")
+    assert not outcome.failed and len(outcome.done) == 3
+    assert json.loads((found / "record.json").read_text())["prompt_source"] == "none"
+    case = records[0].case_id
+    volume = np.asanyarray(nib.load(root / records[0].files["t2f"]).dataobj)
+    shown = np.flatnonzero((volume != 0).any(axis=(0, 1)))
+    with (found / "prompts.csv").open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row["case_id"] == case]
+    assert [int(row["k"]) for row in rows] == shown.tolist()
+    assert {(float(row["i1"]), float(row["j1"])) for row in rows} == {tuple(map(float, volume.shape[:2]))}
+    predict(manifest, root, run, boxed, chosen, device="cpu")
+    whole, some = (np.asanyarray(nib.load(at / f"{case}.nii.gz").dataobj) for at in (found, boxed))
+    with (boxed / "prompts.csv").open() as lines:
+        ks = {int(row["k"]) for row in csv.DictReader(lines) if row["case_id"] == case}
+    assert ks < set(shown.tolist())
+    at = sorted(ks)
+    assert np.array_equal(whole[..., at], some[..., at]) and some[..., at].any()
+    # Another way to predict: nothing is taken for done.
+    assert predict(manifest, root, run, boxed, without, device="cpu").done
+
+
+def test_no_prompt_is_refused_where_a_method_goes_by_them(cohort: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    manifest, root, store = cohort
+    run = tmp_path / "run"
+    train(manifest, store, run, config(name="decoder_only"), device="cpu")
+    without = config(name="decoder_only").model_copy(update={"predict": PredictConfig(prompts="none")})
+    with pytest.raises(ConfigError, match=r"decoder_only goes by prompts.*prompt_tokens"):
+        predict(manifest, root, run, tmp_path / "out", without, device="cpu")
+    with pytest.raises(ConfigError, match="--boxes was given beside"):
+        predict(manifest, root, run, tmp_path / "out", without, boxes=tmp_path / "b.csv", device="cpu")
+    assert not (tmp_path / "out").exists()
 
 
 def test_stacks_without_neighbours_are_refused(cohort: tuple[Path, Path, Path], tmp_path: Path) -> None:
