@@ -114,6 +114,18 @@ def test_an_entry_may_change_whole_sections_and_labels_must_differ() -> None:
         parse_pipeline({**TINY, "methods": [{"name": "lora"}, {"name": "lora", "rank": 2}]})
 
 
+def test_what_methods_must_share_is_not_set_for_one_of_them() -> None:
+    own_scores = {"name": "a", "methods": [{"name": "lora", "evaluate": {"challenge": "brats2023-gli"}}]}
+    with pytest.raises(ConfigError, match="the method lora has a section evaluate of its own"):
+        parse_pipeline(own_scores)
+    tokens = {"name": "prompt_tokens", "predict": {"prompts": "none"}}
+    with pytest.raises(ConfigError, match="differs between the methods"):
+        parse_pipeline({"name": "a", "methods": [tokens, {"name": "zero_shot"}]})
+    with pytest.raises(ConfigError, match="zero_shot goes by prompts"):
+        parse_pipeline({"name": "a", "predict": {"prompts": "none"}, "methods": [{"name": "zero_shot"}]})
+    assert parse_pipeline({"name": "a", "methods": [tokens]}).methods[0].config.predict.prompts == "none"
+
+
 def test_an_unknown_method_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lora"):
         run(parse_pipeline({**TINY, "methods": [{"name": "lorra"}]}), tmp_path / "out")

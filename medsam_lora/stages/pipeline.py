@@ -131,7 +131,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     Raises
     ------
     ConfigError
-        Where a key is unknown or ill-typed, or two methods have the same label.
+        Where a key is unknown or ill-typed, two methods have the same label, or methods are not to be scored alike.
     """
     return parse_pipeline(load_yaml(path), overrides, path)
 
@@ -155,6 +155,13 @@ def parse_pipeline(data: Mapping[str, Any], overrides: Sequence[str] = (), path:
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise ConfigError(f"two methods are called {twice[0]!r}", path=path, remedy="Give one of them another `label`.")
+    prompts = {m.config.predict.prompts for m in methods}
+    if len(prompts) > 1:
+        raise ConfigError(
+            "predict.prompts differs between the methods, whose scores then cannot be compared",
+            path=path,
+            remedy="Set it for all of them, or make two pipelines.",
+        )
     return Pipeline(settings, tuple(methods), build_config(apply_overrides(base_data, shared), path))
 
 
@@ -181,6 +188,12 @@ def _entries(settings: PipelineSection, overrides: Sequence[str]) -> list[dict[s
 
 def _method(base: Mapping[str, Any], entry: Mapping[str, Any], overrides: Sequence[str], path: Path | None) -> Method:
     data: dict[str, Any] = {k: dict(v or {}) for k, v in base.items()}
+    if "evaluate" in entry:
+        raise ConfigError(
+            f"the method {entry.get('label', entry.get('name'))} has a section evaluate of its own",
+            path=path,
+            remedy="All methods of a pipeline are scored alike: put it beside `methods`.",
+        )
     options = {k: v for k, v in entry.items() if k not in Config.model_fields and k != "label"}
     for section, changes in entry.items():
         if section in Config.model_fields:
