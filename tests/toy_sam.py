@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medsam_lora.models.tiny_vit import TinyViT
+from medsam_lora.peft.contract import attached_to
 from medsam_lora.sam_modules import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 IMAGE_SIZE = 64
@@ -60,8 +61,14 @@ def toy_batch(n_images: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]
 
 
 def predict(model: nn.Module, pixels: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, 4, 16, 16) and IoU estimates (B, 4) of one box per image, by the official modules."""
-    embeddings = model.image_encoder(pixels)
+    """Logits (B, 4, 16, 16) and IoU estimates (B, 4) of one box per image, by the official modules.
+
+    A method that looks at neighbouring slices is given some: mirror images, which depend on no other image of a batch.
+    """
+    adaptation = attached_to(model)
+    depth = adaptation.report.depth if adaptation is not None and adaptation.enabled else 1
+    stacks = [pixels if n == depth // 2 else pixels.flip(2 + n % 2) * (n + 1) / depth for n in range(depth)]
+    embeddings = model.image_encoder(torch.stack(stacks, dim=1).flatten(0, 1))[depth // 2 :: depth]
     logits, iou = [], []
     for embedding, box in zip(embeddings, boxes, strict=True):
         sparse, dense = model.prompt_encoder(points=None, boxes=box[None], masks=None)

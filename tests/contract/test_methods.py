@@ -16,7 +16,7 @@ from medsam_lora.config import MethodConfig
 from medsam_lora.errors import AdapterError
 from medsam_lora.models.checkpoint import REQUIRED_METADATA, load_adapter, save_adapter
 from medsam_lora.peft import METHODS, attach, method_spec
-from medsam_lora.peft.contract import Adaptation, attached_to
+from medsam_lora.peft.contract import Adaptation, attached_to, swap
 
 VARIANTS = [
     MethodConfig(name="lora", rank=3, alpha=6.0, targets=["q", "k", "v", "proj", "mlp"]),
@@ -33,6 +33,7 @@ VIT_VARIANTS = [
     MethodConfig(name="prompt_tokens", tokens=4),
     MethodConfig(name="sam_parser+lora", rank=2),
     MethodConfig(name="bitfit+lora+prefix", rank=2, tokens=2),
+    MethodConfig(name="sd_trans", depth=3, bottleneck=4, decoder="frozen"),
 ]
 CONFIGS = [MethodConfig(name=name) for name in METHODS] + VARIANTS
 CASES = [pytest.param(e, c, id=f"{e}-{c.name}-{i}") for e in ENCODERS for i, c in enumerate(CONFIGS)]
@@ -180,8 +181,9 @@ def encoder_count(encoder: str, n_parameters: int, config: MethodConfig) -> int:
         return sum(
             w * m + m + 2 * m + 9 * m + 2 * m + m * w + w + 2 * w for w in (w for w, _, _ in chosen) for m in [w // 4]
         )
-    if name == "sd_trans":  # without stacks: two bottlenecks of a quarter of the width
-        return sum(2 * (2 * w * (w // 4) + w // 4 + w) for w, _, _ in chosen)
+    if name == "sd_trans":  # two bottlenecks, with stacks a third one; of a quarter of the width
+        n = 3 if config.depth > 1 else 2
+        return sum(n * (2 * w * m + m + w) for w, _, _ in chosen for m in [config.bottleneck or w // 4])
     if name == "prefix":
         p = config.tokens or 10
         return sum(2 * p * w + heads for w, _, heads in chosen)
@@ -308,6 +310,27 @@ def test_disabled_it_is_the_base_model_bit_for_bit(encoder: str, config: MethodC
     with pytest.raises(KeyError), adaptation.disable():
         raise KeyError
     assert torch.equal(outputs(model), after)
+
+
+@pytest.mark.parametrize(("encoder", "config"), TRAINED)
+def test_two_of_a_kind_are_swapped_on_one_base(encoder: str, config: MethodConfig) -> None:
+    model = base_model(encoder)
+    base = outputs(model)
+    kept = []
+    for seed, steps in ((0, 2), (1, 3)):
+        adaptation = attach(model, config, seed)
+        train_steps(model, trainable(adaptation), steps)
+        kept.append((adaptation, outputs(model), [p.data_ptr() for p in trainable(adaptation)]))
+        adaptation.detach()
+    assert not torch.equal(kept[0][1], kept[1][1])
+    for n in (0, 1, 0):
+        adaptation, expected, _ = kept[n]
+        swap(model, adaptation)
+        assert attached_to(model) is adaptation and torch.equal(outputs(model), expected)
+    # Nothing was copied: what makes it a matter of milliseconds.
+    assert all([p.data_ptr() for p in trainable(adaptation)] == places for adaptation, _, places in kept)
+    swap(model, None)
+    assert torch.equal(outputs(model), base)
 
 
 @pytest.mark.parametrize(("encoder", "config"), CASES)

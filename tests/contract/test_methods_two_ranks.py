@@ -17,6 +17,7 @@ from medsam_lora.peft import METHODS, attach
 
 NAMES = [name for name in METHODS if name != "zero_shot"]  # nothing to train, hence nothing to agree about
 CASES = [(encoder, name) for encoder in ENCODERS for name in NAMES]
+CASES += [("vit", "sd_trans of 3"), ("vit", "sam_parser+lora")]
 
 
 class Forward(nn.Module):
@@ -32,7 +33,8 @@ class Forward(nn.Module):
 
 def adapted(encoder: str, name: str) -> Forward:
     model = toy_sam(encoder)
-    adaptation = attach(model, MethodConfig(name=name, rank=2), 0)
+    name, _, depth = name.partition(" of ")
+    adaptation = attach(model, MethodConfig(name=name, rank=2, depth=int(depth or 1)), 0)
     generator = torch.Generator().manual_seed(5)
     # Away from the start, where LoRA's A would have no gradient.
     adaptation.load({k: v + 0.02 * torch.randn(v.shape, generator=generator) for k, v in adaptation.state().items()})
