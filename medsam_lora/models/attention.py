@@ -53,6 +53,40 @@ def augmented(q: Tensor, k: Tensor, v: Tensor, positions: Positions, qk_width: i
     return functional.scaled_dot_product_attention(queries, keys, values, scale=1.0)[..., :d]
 
 
+def beside(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Positions,
+    more: tuple[Tensor, Tensor],
+    qk_width: int = 0,
+    v_width: int = 0,
+) -> Tensor:
+    """Attention over the tokens of a grid and further keys that have no place on it, by one fused call.
+
+    Parameters
+    ----------
+    q, k, v, positions, qk_width, v_width
+        See `augmented`.
+    more : tuple of Tensor, shape (heads, p, d)
+        The further keys and values, the same for every window.
+
+    Returns
+    -------
+    Tensor, shape (n, heads, N, d)
+    """
+    d = q.shape[-1]
+    queries, keys = folded(q, k, positions)
+    # Of no row and no column: the one-hot part is zero. On the CPU the fused kernel takes one width for all.
+    width = max(qk_width, queries.shape[-1])
+    v_width = max(v_width, d) if q.is_cuda else width
+    more_k, more_v = (t.to(q.dtype).expand(q.shape[0], -1, -1, -1) for t in more)
+    queries, keys, more_k = (functional.pad(t, (0, width - t.shape[-1])) for t in (queries, keys, more_k))
+    values = functional.pad(torch.cat([v, more_v], dim=-2), (0, v_width - d))
+    keys = torch.cat([keys, more_k], dim=-2)
+    return functional.scaled_dot_product_attention(queries, keys, values, scale=1.0)[..., :d]
+
+
 def biased(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
     """Attention as of `augmented`, by one fused call with the position terms as its mask, shape (n, heads, N, N)."""
     by_row, by_column = position_scores(q, positions)

@@ -75,16 +75,33 @@ class GridAttention(nn.Module):
         tiles = partition(qkv, window, fill) if window else qkv
         n, h, w, _ = tiles.shape
         q, k, v = tiles.view(n, h * w, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        out = self._heads(
+        out = self.heads_of(
             q, k, v, Positions(relative_positions(self.rel_pos_h, h), relative_positions(self.rel_pos_w, w))
         )
         tiles = out.transpose(1, 2).reshape(n, h, w, -1)
         return joined(tiles, window, (batch, *grid)) if window else tiles
 
-    def _heads(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
+    def heads_of(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, more: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """The heads of windows or whole grids: where an adaptation adds to them.
+
+        Parameters
+        ----------
+        q, k, v, positions
+            See `attention_chunks.chunked`.
+        more : tuple of Tensor, shape (heads, p, d), optional
+            Further keys and values under the same softmax, without a place on the grid (`attention.beside`).
+
+        Returns
+        -------
+        Tensor, shape (n, heads, N, d)
+        """
         grid = positions.rows.shape[0], positions.columns.shape[0]
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
         chosen = choose(self.how, q.device.type, q.shape[-1], grid, q.itemsize == 2, capability)
+        if more is not None:
+            return attention.beside(q, k, v, positions, more, chosen.qk_width, chosen.v_width)
         if chosen.name == "augmented":
             return attention.augmented(q, k, v, positions, chosen.qk_width, chosen.v_width)
         return (attention.biased if chosen.name == "biased" else chunked)(q, k, v, positions)

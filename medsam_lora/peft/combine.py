@@ -56,7 +56,9 @@ def combine(model: nn.Module, config: MethodConfig, parts: Sequence[Adaptation])
 
 def _same_training(one: Edit, other: Edit) -> bool:
     """Whether two edits train the same part of the mask decoder in the same way, from the same values."""
-    return one.group == other.group == "decoder" and isinstance(one.adapted, type(other.adapted))
+    groups = [{name: edit.group_of(name) for name in edit.trainable()} for edit in (one, other)]
+    of_decoder = all(group.partition(".")[0] == "decoder" for group in groups[0].values())
+    return of_decoder and groups[0] == groups[1] and isinstance(one.adapted, type(other.adapted))
 
 
 def _refuse_nested(edits: Sequence[tuple[str, Edit]]) -> None:

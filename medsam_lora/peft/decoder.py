@@ -100,17 +100,27 @@ def low_rank_count(options: LowRankOptions, n_in: int, n_out: int) -> int:
 
 
 def low_rank_group(part: str, config: MethodConfig) -> str | Callable[[str], str]:
-    """The learning-rate group of a branch's tensors: with LoRA+ a B has one of its own."""
+    """The learning-rate group of a branch's tensors: those of PiSSA have one of their own, with LoRA+ a B as well."""
+    others = f"{part}.pissa" if config.init == "pissa" else part
     if config.lora_plus == 1:
-        return part
-    return lambda name: f"{part}.B" if name.endswith(("lora_B", ".B")) else part
+        return others
+    return lambda name: f"{part}.B" if name.endswith(("lora_B", ".B")) else others
 
 
 def low_rank_rules(config: MethodConfig) -> dict[str, GroupRule]:
-    """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns faster than A by a fixed ratio."""
-    if config.lora_plus == 1:
-        return {}
-    return {f"{part}.B": GroupRule(lr_factor=config.lora_plus) for part in ("encoder", "decoder")}
+    """The rules of the groups of `low_rank_group`.
+
+    LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns faster than A by a fixed ratio. PiSSA: A and B hold a part of
+    the base's weights, which weight decay would shrink.
+    """
+    decay = config.init != "pissa"
+    rules = {}
+    for part in ("encoder", "decoder"):
+        if not decay:
+            rules[f"{part}.pissa"] = GroupRule(weight_decay=False)
+        if config.lora_plus != 1:
+            rules[f"{part}.B"] = GroupRule(lr_factor=config.lora_plus, weight_decay=decay)
+    return rules
 
 
 def linear(part: nn.Module, name: str) -> nn.Linear:

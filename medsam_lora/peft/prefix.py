@@ -8,6 +8,8 @@ positions of the real keys, and at the start the base model, exactly as they are
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,20 @@ from medsam_lora.peft.edits import Edit, extend
 from medsam_lora.peft.sites import cache_point_before, chosen_sites
 
 DEFAULT_TOKENS = 10
+
+
+class GridPrefix(nn.Module):
+    """A prefix of an attention that says where its heads are, and so keeps no N x N matrix (`heads_of`)."""
+
+    scale: float
+    prefix_k: nn.Parameter
+    prefix_v: nn.Parameter
+    prefix_gate: nn.Parameter
+
+    def heads_of(self, q: Tensor, k: Tensor, v: Tensor, positions: Any) -> Tensor:
+        """Heads of the base and of the prefix, (n, heads, N, d)."""
+        out: Tensor = super().heads_of(q, k, v, positions)  # type: ignore[misc]
+        return out + _of_prefix(self, q * self.scale).to(out.dtype)
 
 
 class GatedPrefix(nn.Module):
@@ -33,10 +49,14 @@ class GatedPrefix(nn.Module):
         """(n, ..., C) to the same shape, for n windows."""
         parts = take_apart(self, x)
         out = parts.scores.softmax(dim=-1) @ parts.v
-        weights = (parts.q @ self.prefix_k.transpose(-2, -1)).softmax(dim=-1)
-        # The gate goes to the few values, not to the many tokens.
-        out = out + weights @ (torch.tanh(self.prefix_gate)[:, None, None] * self.prefix_v)
-        return put_together(self, out, x)
+        return put_together(self, out + _of_prefix(self, parts.q), x)
+
+
+def _of_prefix(prefix: GridPrefix | GatedPrefix, scaled: Tensor) -> Tensor:
+    """What a prefix adds to the heads of scaled queries (n, heads, N, d)."""
+    weights = (scaled @ prefix.prefix_k.transpose(-2, -1)).softmax(dim=-1)
+    # The gate goes to the few values, not to the many tokens.
+    return weights @ (torch.tanh(prefix.prefix_gate)[:, None, None] * prefix.prefix_v)
 
 
 def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -> Adaptation:
@@ -58,7 +78,8 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
     for site in sites:
         base = encoder.get_submodule(site.attention)
         like = linear(encoder, site.proj).weight
-        adapted = extend(base, GatedPrefix)
+        on_grid = hasattr(base, "heads_of")
+        adapted: GridPrefix | GatedPrefix = extend(base, GridPrefix) if on_grid else extend(base, GatedPrefix)
         for name, rows in (("prefix_k", site.k), ("prefix_v", site.v)):
             width = sum(len(part) for part in rows) // site.heads
             # Scores and values of the size of one feature of a unit vector.

@@ -23,7 +23,7 @@ from medsam_lora.peft.edits import Edit, extend
 from medsam_lora.peft.full_precision import full_precision
 from medsam_lora.peft.sites import cache_point_before, chosen_sites, convolution_sites, mlp_sites
 
-GROUP = "encoder.singular"
+GROUP, BASES = "encoder.singular", "encoder.bases"
 
 
 class Reconstructed(nn.Module):
@@ -114,12 +114,13 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
         edits,
         count,
         cache_point=cache_point,
-        rules={GROUP: GroupRule(lr=config.lr_singular, weight_decay=False)},
+        # Decay would shrink what the bases hold: the weights of the base model.
+        rules={GROUP: GroupRule(lr=config.lr_singular, weight_decay=False), BASES: GroupRule(weight_decay=False)},
     )
 
 
 def _group(name: str) -> str:
-    return GROUP if name == "singular_delta" else "encoder"
+    return GROUP if name == "singular_delta" else BASES
 
 
 def _decompose(base: nn.Linear | nn.Conv2d, bases: bool) -> Reconstructed:

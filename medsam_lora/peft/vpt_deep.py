@@ -10,6 +10,7 @@ softmax over more keys is another one.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,16 +37,36 @@ class DeepPrompt(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, ..., C) to the same shape, for n windows."""
-        # In a tuple, where torch does not see it: the LayerNorm belongs to the block.
-        (norm,) = self.prompt_norm
-        qkv = self.get_submodule("qkv")(norm(self.prompt_tokens))
-        k, v = (self._of_heads(qkv, rows) for rows in (self.prompt_site.k, self.prompt_site.v))
-        return put_together(self, join_softmax(take_apart(self, x), k, v), x)
+        return put_together(self, join_softmax(take_apart(self, x), *_keys_and_values(self)), x)
 
-    def _of_heads(self, qkv: Tensor, rows: Rows) -> Tensor:
-        """Some output rows of the tokens' qkv, (p, rows), as (heads, p, d)."""
-        chosen = torch.cat([qkv[:, part.start : part.stop] for part in rows], dim=1)
-        return chosen.unflatten(1, (self.prompt_site.heads, -1)).transpose(0, 1)
+
+class GridPrompt(nn.Module):
+    """Prompt tokens of an attention that says where its heads are, and so keeps no N x N matrix (`heads_of`)."""
+
+    prompt_tokens: nn.Parameter
+    prompt_site: AttentionSite
+    prompt_norm: tuple[nn.Module]
+
+    def heads_of(self, q: Tensor, k: Tensor, v: Tensor, positions: Any) -> Tensor:
+        """Heads over the grid's tokens and the prompt's, (n, heads, N, d)."""
+        out: Tensor = super().heads_of(q, k, v, positions, _keys_and_values(self))  # type: ignore[misc]
+        return out
+
+
+def _keys_and_values(prompt: DeepPrompt | GridPrompt) -> tuple[Tensor, Tensor]:
+    """Of the tokens, through the block's own norm and qkv: (heads, p, d) each."""
+    # In a tuple, where torch does not see it: the LayerNorm belongs to the block.
+    (norm,) = prompt.prompt_norm
+    qkv = prompt.get_submodule("qkv")(norm(prompt.prompt_tokens))
+    site = prompt.prompt_site
+    k, v = (_of_heads(qkv, rows, site.heads) for rows in (site.k, site.v))
+    return k, v
+
+
+def _of_heads(qkv: Tensor, rows: Rows, heads: int) -> Tensor:
+    """Some output rows of the tokens' qkv, (p, rows), as (heads, p, d)."""
+    chosen = torch.cat([qkv[:, part.start : part.stop] for part in rows], dim=1)
+    return chosen.unflatten(1, (heads, -1)).transpose(0, 1)
 
 
 def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -> Adaptation:
@@ -65,7 +86,8 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
     edits: list[Edit] = []
     for site in sites:
         base = encoder.get_submodule(site.attention)
-        adapted = extend(base, DeepPrompt)
+        on_grid = hasattr(base, "heads_of")
+        adapted: GridPrompt | DeepPrompt = extend(base, GridPrompt) if on_grid else extend(base, DeepPrompt)
         bound = math.sqrt(6 / (PATCH_VALUES + site.dim_in))
         drawn = torch.empty(tokens, site.dim_in).uniform_(-bound, bound, generator=generator)
         drawn = drawn.to(linear(encoder, site.proj).weight)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_sam import ENCODERS, predict, toy_batch, toy_sam
+from toy_sam import ENCODERS, PROMPT_DIM, predict, toy_batch, toy_sam
 
 from medsam_lora.config import MethodConfig, TrainConfig
 from medsam_lora.errors import AdapterError, ConfigError
+from medsam_lora.models.footprint import StepOptions, dry
+from medsam_lora.models.vit import GridEncoder
 from medsam_lora.peft import attach, method_spec
 from medsam_lora.peft.contract import Adaptation
 from medsam_lora.peft.sites import attention_sites, mlp_sites
+from medsam_lora.sam_modules import ImageEncoderViT
 from medsam_lora.training.optimiser import build_optimiser
 
 
@@ -177,13 +180,16 @@ def test_groups_of_the_optimiser_follow_the_rules_of_the_method() -> None:
     assert rates == pytest.approx(
         {
             "encoder.singular/vectors": 3e-3,
+            "encoder.bases": 2e-4,
             "encoder": 2e-4,
             "encoder.B": 1.6e-3,
             "decoder": 1e-4,
             "decoder/vectors": 1e-4,
         }
     )
-    assert groups["encoder.singular/vectors"]["weight_decay"] == 0 and groups["encoder"]["weight_decay"] == 0.1
+    # Neither the coefficients nor the bases, which hold weights of the base model.
+    decays = {name for name, group in groups.items() if group["weight_decay"] == 0.1}
+    assert decays == {"encoder", "encoder.B", "decoder"}
     members = [p for group in groups.values() for p in group["params"]]
     assert len({id(p) for p in members}) == len(members) == len(adaptation.state())
 
@@ -206,6 +212,15 @@ def test_methods_that_cannot_be_combined(name: str, words: str) -> None:
         attach(model, MethodConfig(name=name), 0)
     # The model is free again.
     attach(model, MethodConfig(name="lora"), 0).detach()
+
+
+@pytest.mark.parametrize("options", [{"lora_plus": 4.0}, {"init": "pissa"}, {"init": "pissa", "lora_plus": 4.0}, {}])
+def test_low_rank_branches_of_the_decoder_are_trained_once_in_a_combination(options: dict) -> None:
+    alone = attach(toy_sam("vit"), MethodConfig(name="bitfit", decoder="lora", rank=2, **options), 0)
+    both = attach(toy_sam("vit"), MethodConfig(name="bitfit+prefix", decoder="lora", rank=2, **options), 0)
+    of_decoder = [t for t in both.report.tensors if t.name.startswith("mask_decoder.")]
+    assert {t.name for t in of_decoder} == {t.name for t in alone.report.tensors if t.name.startswith("mask_decoder.")}
+    assert {t.group.partition(".")[0] for t in of_decoder} == {"decoder"}
 
 
 @torch.no_grad()
@@ -237,6 +252,46 @@ def test_a_combination_is_its_parts_at_once() -> None:
 )
 def test_the_cache_point_of_a_combination_is_the_earliest(name: str, point: str | None) -> None:
     assert attach(toy_sam("vit"), MethodConfig(name=name, blocks=[1]), 0).report.cache_point == point
+
+
+def on_a_grid(name: str, ours: bool) -> tuple[nn.Module, torch.Tensor]:
+    """An encoder of 5 x 5 cells in windows of 3, upstream's or ours around it, adapted and away from its start."""
+    model = toy_sam("vit")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        encoder = ImageEncoderViT(
+            80, 16, embed_dim=32, depth=2, num_heads=2, out_chans=PROMPT_DIM, use_rel_pos=True, window_size=3,
+            global_attn_indexes=(1,),
+        )  # fmt: skip
+        with torch.no_grad():
+            for parameter in encoder.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.image_encoder = GridEncoder(encoder, "auto") if ours else encoder
+    shaken(model, MethodConfig(name=name, tokens=3, decoder="frozen"))
+    return model, torch.randn(2, 3, 80, 80, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["prefix", "vpt_deep"])
+def test_keys_beside_the_grid_are_the_same_without_a_matrix_of_scores(name: str) -> None:
+    found = []
+    for ours in (False, True):
+        model, pixels = on_a_grid(name, ours)
+        model.double()
+        out = model.image_encoder(pixels.double())
+        out.square().sum().backward()
+        found.append([out, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(found[0]) == len(found[1]) > 2
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-9 * float(a.detach().abs().max()))
+
+
+@pytest.mark.parametrize("name", ["prefix", "vpt_deep"])
+def test_keys_beside_the_grid_keep_no_matrix_of_scores(name: str) -> None:
+    method = MethodConfig(name=name, decoder="frozen")
+    plain = dry(StepOptions("vit_nano", MethodConfig(name="lora", decoder="frozen"), (256, 256), 1, 256))
+    own = dry(StepOptions("vit_nano", method, (256, 256), 1, 256))
+    # Two global blocks of 6 heads and 1024 tokens would keep 48 MiB more.
+    assert own.saved_bytes - plain.saved_bytes < 24 * 2**20
 
 
 def test_an_attention_that_does_not_say_how_it_is_computed_is_refused() -> None:

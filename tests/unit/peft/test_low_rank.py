@@ -13,6 +13,7 @@ from toy_sam import ENCODERS, predict, toy_batch, toy_sam, train_steps
 from medsam_lora.config import MethodConfig, build_config
 from medsam_lora.errors import ConfigError
 from medsam_lora.peft import attach
+from medsam_lora.peft.contract import GroupRule
 from medsam_lora.peft.low_rank import LoraLinear, LoraQkv, LowRankOptions
 from medsam_lora.peft.sites import AttentionSite, rows_as_thirds, rows_per_head
 
@@ -188,6 +189,17 @@ def test_lora_plus_gives_every_b_a_group_of_its_own(encoder: str) -> None:
     assert of_b == {t.name for t in adaptation.report.tensors if t.name.endswith((".B", "lora_B"))}
     assert {rule.lr_factor for rule in adaptation.rules.values()} == {16.0}
     assert set(attach(toy_sam(encoder), MethodConfig(name="lora"), 0).parameters_by_group()) == {"encoder", "decoder"}
+
+
+@pytest.mark.parametrize("plus", [1.0, 4.0])
+def test_pissa_is_trained_without_weight_decay(plus: float) -> None:
+    """A and B hold the largest singular values of the base, which it would shrink."""
+    config = MethodConfig(name="lora", rank=2, init="pissa", lora_plus=plus, targets=["q", "mlp"])
+    adaptation = attach(toy_sam("vit"), config, 0)
+    decays = {name: adaptation.rules.get(name, GroupRule()).weight_decay for name in adaptation.parameters_by_group()}
+    own = {"encoder.pissa": False} | ({} if plus == 1 else {"encoder.B": False})
+    assert decays == own | {"decoder": True}
+    assert adaptation.rules.get("encoder.B", GroupRule()).lr_factor == plus
 
 
 def test_the_scale_of_a_sweep_with_fixed_alpha() -> None:
