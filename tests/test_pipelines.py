@@ -293,6 +293,7 @@ def test_the_thesis_setting_runs_at_tiny_size(tmp_path: Path) -> None:
         "zero_shot",
         "decoder_only",
         "lora",
+        "lora_rate_x10",
         "lora_frozen_decoder",
     ]
     store = next((tmp_path / "out" / "prepared").glob("*/plan.json"))
