@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
+
+from medsam_lora.processes import cores
 
 if TYPE_CHECKING:
     from medsam_lora.config import Config
@@ -54,7 +55,7 @@ def processes(workers: int | None) -> int:
     """The number of worker processes: `workers`, else one per CPU core that this process may use."""
     if workers is not None:
         return workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores()
 
 
 def finish(outcome: StageOutcome, verb: str, where: Path) -> None:

@@ -29,6 +29,7 @@ from medsam_lora.geometry import Geometry
 from medsam_lora.io.files import sha256_of, write_bytes_atomically
 from medsam_lora.io.nifti import write_image, write_label_map
 from medsam_lora.labels import MODALITIES
+from medsam_lora.processes import sharing_cores
 from medsam_lora.progress import track
 
 DEMO_SHAPE = (96, 112, 64)
@@ -251,7 +252,8 @@ def _mapped(work: partial, items: Sequence[int], workers: int) -> Iterator[tuple
         yield from map(work, items)
         return
     # Not forked: a parent that has run torch may hold locks that a fork would copy.
-    with ProcessPoolExecutor(min(workers, len(items)), get_context("spawn")) as pool:
+    workers = min(workers, len(items))
+    with sharing_cores(workers), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         yield from pool.map(work, items)
 
 

@@ -23,6 +23,7 @@ from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from medsam_lora.errors import ConfigError, MedsamLoraError
+from medsam_lora.processes import sharing_cores
 
 T = TypeVar("T")
 
@@ -205,7 +206,7 @@ def launch(work: Callable[..., object], processes: int, arguments: dict[str, Any
     with tempfile.TemporaryDirectory() as place:
         level = logging.getLogger().getEffectiveLevel()
         settings = (processes, str(Path(place) / "meeting"), level, failures, work, arguments)
-        with _own_share_of_blas(processes):
+        with sharing_cores(processes):
             context = multiprocessing.spawn(_process, settings, processes, join=False)
         assert context is not None
         try:
@@ -220,23 +221,6 @@ def launch(work: Callable[..., object], processes: int, arguments: dict[str, Any
             if failures.empty():
                 raise
             raise failures.get() from None
-
-
-@contextmanager
-def _own_share_of_blas(processes: int) -> Iterator[None]:
-    """Within this context, processes that are started give NumPy's OpenBLAS their share of the cores.
-
-    A user's own choice stays. OpenBLAS reads its environment when it is loaded, before a process could say so itself.
-    """
-    name = "OPENBLAS_NUM_THREADS"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = str(max(1, torch.get_num_threads() // processes))
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 def _process(

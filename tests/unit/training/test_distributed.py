@@ -116,7 +116,7 @@ def test_an_error_in_one_process_is_that_of_the_run(tmp_path: Path) -> None:
 def test_each_process_gives_blas_its_share_of_the_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None
 ) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     if chosen:
         monkeypatch.setenv("OPENBLAS_NUM_THREADS", chosen)
