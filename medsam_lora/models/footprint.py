@@ -240,5 +240,18 @@ def _products(shape: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
     return 2 * left[0] * left[1] * left[2] * right[2]
 
 
-# torch's table knows baddbmm, not the form that adds in place.
-_ALSO_COUNTED: Final = {torch.ops.aten.baddbmm_: _products}
+def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+def _attention_backward(gradient: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    # The scores once more, the gradients of probabilities and values, and those of queries and keys.
+    return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
+
+
+# torch's table knows baddbmm and the fused attention of GPUs, not the form that adds in place nor that of CPUs.
+_ALSO_COUNTED: Final = {
+    torch.ops.aten.baddbmm_: _products,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from medsam_lora.config import MethodConfig
 from medsam_lora.models import footprint
+from medsam_lora.models.attention import beside
 from medsam_lora.models.footprint import MIB, SavedBytes, StepOptions, count, dry, total
+from medsam_lora.models.positions import Positions
 from medsam_lora.models.sam import build
 from medsam_lora.peft import attach
 
@@ -75,6 +77,20 @@ def test_what_a_step_of_vit_b_costs() -> None:
     assert saved < 0.23
     assert flops < 0.65
     assert float(half[0] / official[0]) < 0.18
+
+
+def test_the_fused_attention_of_cpus_is_counted() -> None:
+    """Queries and keys of d + h + w features, values filled up to as many, and a few keys more."""
+    heads, side, d, more = 2, 8, 16, 5
+    q, k, v = (torch.zeros(1, heads, side**2, d, requires_grad=True) for _ in "qkv")
+    positions = Positions(*(torch.zeros(side, side, d) for _ in "rc"))
+    keys = torch.zeros(heads, more, d), torch.zeros(heads, more, d)
+    found = count(nn.Identity(), lambda: beside(q, k, v, positions, keys).sum())
+    tokens, width = side**2, d + 2 * side
+    product = 2 * heads * tokens * (tokens + more) * width
+    # The position scores of rows and columns as well, whose tables are not trained here.
+    places = 2 * heads * 2 * tokens * side * d
+    assert (found.forward_flops, found.backward_flops) == (2 * product + places, 5 * product + places)
 
 
 def test_low_rank_branches_form_no_dense_delta() -> None:
