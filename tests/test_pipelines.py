@@ -118,6 +118,8 @@ def test_what_methods_must_share_is_not_set_for_one_of_them() -> None:
     own_scores = {"name": "a", "methods": [{"name": "lora", "evaluate": {"challenge": "brats2023-gli"}}]}
     with pytest.raises(ConfigError, match="the method lora has a section evaluate of its own"):
         parse_pipeline(own_scores)
+    # Said twice is no harm: a study writes out all settings of the best point.
+    parse_pipeline({**own_scores, "evaluate": {"challenge": "brats2023-gli"}})
     tokens = {"name": "prompt_tokens", "predict": {"prompts": "none"}}
     with pytest.raises(ConfigError, match="differs between the methods"):
         parse_pipeline({"name": "a", "methods": [tokens, {"name": "zero_shot"}]})

@@ -155,14 +155,26 @@ def parse_pipeline(data: Mapping[str, Any], overrides: Sequence[str] = (), path:
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise ConfigError(f"two methods are called {twice[0]!r}", path=path, remedy="Give one of them another `label`.")
-    prompts = {m.config.predict.prompts for m in methods}
-    if len(prompts) > 1:
+    base = build_config(apply_overrides(base_data, shared), path)
+    _refuse_scores_apart(methods, base, path)
+    return Pipeline(settings, tuple(methods), base)
+
+
+def _refuse_scores_apart(methods: Sequence[Method], base: Config, path: Path | None) -> None:
+    """Refuse methods whose scores could not be compared."""
+    own = [method.label for method in methods if method.config.evaluate != base.evaluate]
+    if own:
+        raise ConfigError(
+            f"the method {own[0]} has a section evaluate of its own",
+            path=path,
+            remedy="All methods of a pipeline are scored alike: put it beside `methods`.",
+        )
+    if len({method.config.predict.prompts for method in methods}) > 1:
         raise ConfigError(
             "predict.prompts differs between the methods, whose scores then cannot be compared",
             path=path,
             remedy="Set it for all of them, or make two pipelines.",
         )
-    return Pipeline(settings, tuple(methods), build_config(apply_overrides(base_data, shared), path))
 
 
 def _settings(own: Mapping[str, Any], overrides: Sequence[str], path: Path | None) -> PipelineSection:
@@ -188,12 +200,6 @@ def _entries(settings: PipelineSection, overrides: Sequence[str]) -> list[dict[s
 
 def _method(base: Mapping[str, Any], entry: Mapping[str, Any], overrides: Sequence[str], path: Path | None) -> Method:
     data: dict[str, Any] = {k: dict(v or {}) for k, v in base.items()}
-    if "evaluate" in entry:
-        raise ConfigError(
-            f"the method {entry.get('label', entry.get('name'))} has a section evaluate of its own",
-            path=path,
-            remedy="All methods of a pipeline are scored alike: put it beside `methods`.",
-        )
     options = {k: v for k, v in entry.items() if k not in Config.model_fields and k != "label"}
     for section, changes in entry.items():
         if section in Config.model_fields:
