@@ -198,5 +198,5 @@ def pretrain(
 def new_optimiser(sam: SamModel, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW over everything that is trained; the Fourier features of prompts are not."""
     parameters: list[Any] = [p for p in sam.parameters() if p.requires_grad]
-    # Of many small tensors, most of an update is calls; the fused one makes a third of them.
+    # Many small tensors: fused, all of them are updated in one call.
     return torch.optim.AdamW(parameters, recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True)
