@@ -21,12 +21,22 @@ from torch import Tensor
 
 from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.models.attention import augmented
+from medsam_lora.models.attention_choice import choose
 from medsam_lora.models.attention_chunks import chunked
 from medsam_lora.models.positions import Positions
 
 HEADS, WIDTH = 12, 64
 GRIDS = {"global": (1, 64, 64), "global, unpadded": (1, 44, 64), "windows": (25, 14, 14)}
-WAYS: dict[str, Callable[..., Tensor]] = {"chunked": chunked, "augmented": augmented}
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
+    """One call, with the widths that the kernel takes."""
+    grid = positions.rows.shape[0], positions.columns.shape[0]
+    chosen = choose("augmented", "cpu", q.shape[-1], grid, q.itemsize == 2)
+    return augmented(q, k, v, positions, chosen.qk_width, chosen.v_width)
+
+
+WAYS: dict[str, Callable[..., Tensor]] = {"chunked": chunked, "augmented": fused}
 COLUMNS = ("block", "type", "way", "forward_s", "backward_s")
 
 

@@ -25,7 +25,15 @@ from torch.nn import functional
 from medsam_lora.models.positions import Positions, folded, position_scores
 
 
-def augmented(q: Tensor, k: Tensor, v: Tensor, positions: Positions, qk_width: int = 0, v_width: int = 0) -> Tensor:
+def augmented(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Positions,
+    qk_width: int = 0,
+    v_width: int = 0,
+    more: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Attention by one fused call, the position terms folded into query and key.
 
     Parameters
@@ -35,6 +43,8 @@ def augmented(q: Tensor, k: Tensor, v: Tensor, positions: Positions, qk_width: i
     qk_width, v_width : int
         Widths that queries and keys, and values, are padded to with zeros, which changes nothing but which kernels
         accept them; no padding where they are smaller than needed.
+    more : tuple of Tensor, shape (heads, p, d), optional
+        Further keys and values under the same softmax, without a place on the grid, the same for every window.
 
     Returns
     -------
@@ -43,6 +53,11 @@ def augmented(q: Tensor, k: Tensor, v: Tensor, positions: Positions, qk_width: i
     d = q.shape[-1]
     queries, keys = folded(q, k, positions)
     width = queries.shape[-1]
+    if more is not None:
+        more_k, more_v = (t.to(q.dtype).expand(q.shape[0], -1, -1, -1) for t in more)
+        # Of no row and no column: what is one-hot in the others is zero.
+        keys = torch.cat([keys, functional.pad(more_k, (0, width - d))], dim=-2)
+        v = torch.cat([v, more_v], dim=-2)
     if qk_width > width:
         queries = functional.pad(queries, (0, qk_width - width))
         keys = functional.pad(keys, (0, qk_width - width))
@@ -50,40 +65,6 @@ def augmented(q: Tensor, k: Tensor, v: Tensor, positions: Positions, qk_width: i
     # The query carries the scale already: the kernel must not divide by the root of the longer width.
     if _stand_in:
         return _KeptByFused.apply(queries, keys, values)[..., :d]
-    return functional.scaled_dot_product_attention(queries, keys, values, scale=1.0)[..., :d]
-
-
-def beside(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Positions,
-    more: tuple[Tensor, Tensor],
-    qk_width: int = 0,
-    v_width: int = 0,
-) -> Tensor:
-    """Attention over the tokens of a grid and further keys that have no place on it, by one fused call.
-
-    Parameters
-    ----------
-    q, k, v, positions, qk_width, v_width
-        See `augmented`.
-    more : tuple of Tensor, shape (heads, p, d)
-        The further keys and values, the same for every window.
-
-    Returns
-    -------
-    Tensor, shape (n, heads, N, d)
-    """
-    d = q.shape[-1]
-    queries, keys = folded(q, k, positions)
-    # Of no row and no column: the one-hot part is zero. On the CPU the fused kernel takes one width for all.
-    width = max(qk_width, queries.shape[-1])
-    v_width = max(v_width, d) if q.is_cuda else width
-    more_k, more_v = (t.to(q.dtype).expand(q.shape[0], -1, -1, -1) for t in more)
-    queries, keys, more_k = (functional.pad(t, (0, width - t.shape[-1])) for t in (queries, keys, more_k))
-    values = functional.pad(torch.cat([v, more_v], dim=-2), (0, v_width - d))
-    keys = torch.cat([keys, more_k], dim=-2)
     return functional.scaled_dot_product_attention(queries, keys, values, scale=1.0)[..., :d]
 
 

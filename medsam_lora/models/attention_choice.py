@@ -119,6 +119,8 @@ def choose(
         return Choice(name, reason=ATTENTIONS[name].reason)
     needed = head_width + sum(grid)
     width = -(-needed // 8) * 8
+    if device == "cpu":
+        return Choice(name, width, width, "the CPU's fused kernel takes one width for all")
     if half and width <= _ONE_WIDTH_UP_TO:
         # 92 of a window of 14 becomes 96: multiples of 32 are flash's own tile widths.
         width = -(-width // 32) * 32

@@ -91,7 +91,7 @@ class GridAttention(nn.Module):
         q, k, v, positions
             See `attention_chunks.chunked`.
         more : tuple of Tensor, shape (heads, p, d), optional
-            Further keys and values under the same softmax, without a place on the grid (`attention.beside`).
+            Further keys and values under the same softmax, without a place on the grid (`attention.augmented`).
 
         Returns
         -------
@@ -99,11 +99,10 @@ class GridAttention(nn.Module):
         """
         grid = positions.rows.shape[0], positions.columns.shape[0]
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
-        chosen = choose(self.how, q.device.type, q.shape[-1], grid, q.itemsize == 2, capability)
-        if more is not None:
-            return attention.beside(q, k, v, positions, more, chosen.qk_width, chosen.v_width)
+        how = self.how if more is None else "augmented"
+        chosen = choose(how, q.device.type, q.shape[-1], grid, q.itemsize == 2, capability)
         if chosen.name == "augmented":
-            return attention.augmented(q, k, v, positions, chosen.qk_width, chosen.v_width)
+            return attention.augmented(q, k, v, positions, chosen.qk_width, chosen.v_width, more)
         return (attention.biased if chosen.name == "biased" else chunked)(q, k, v, positions)
 
 

@@ -134,7 +134,8 @@ def test_two_processes_share_each_batch(tmp_path: Path) -> None:
 def test_the_recipe_and_its_settings() -> None:
     section = load_section(RECIPE, ["pretrain.seed=5", "pretrain.validate_every=7"])
     assert (section.seed, section.validate_every, section.image_size) == (5, 7, 256)
-    assert load_section(RECIPE).seed != HELD_OUT_SEED
+    recipes = sorted(RECIPE.parent.glob("pretrain_*.yaml"))
+    assert RECIPE in recipes and all(load_section(path).seed != HELD_OUT_SEED for path in recipes)
 
 
 @pytest.mark.parametrize(

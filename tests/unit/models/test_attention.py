@@ -140,3 +140,17 @@ def test_what_auto_means(
 @pytest.mark.parametrize("name", [name for name in ATTENTIONS if name != "reference"])
 def test_a_way_asked_for_by_name_is_taken(name: str) -> None:
     assert choose(name, "cpu", 64, (8, 8), half=False).name == name
+
+
+def test_the_fused_kernel_of_cpus_takes_one_width() -> None:
+    """With shorter values it is not taken, and a matrix of scores is kept."""
+    chosen = choose("augmented", "cpu", 16, (5, 7), half=False)
+    assert chosen.qk_width == chosen.v_width == 32
+    args = arguments((5, 7), torch.float32)
+    largest = []
+    for v_width in (HEAD, chosen.v_width):
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            augmented(*args[:3], Positions(*args[3:]), chosen.qk_width, v_width)
+        largest.append(any(t.shape[-2:] == (35, 35) for t in kept if t.ndim > 1))
+    assert largest == [True, False]

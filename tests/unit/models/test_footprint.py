@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from medsam_lora.config import MethodConfig
 from medsam_lora.models import footprint
-from medsam_lora.models.attention import beside
+from medsam_lora.models.attention import augmented
 from medsam_lora.models.footprint import MIB, SavedBytes, StepOptions, count, dry, total
 from medsam_lora.models.positions import Positions
 from medsam_lora.models.sam import build
@@ -85,8 +85,8 @@ def test_the_fused_attention_of_cpus_is_counted() -> None:
     q, k, v = (torch.zeros(1, heads, side**2, d, requires_grad=True) for _ in "qkv")
     positions = Positions(*(torch.zeros(side, side, d) for _ in "rc"))
     keys = torch.zeros(heads, more, d), torch.zeros(heads, more, d)
-    found = count(nn.Identity(), lambda: beside(q, k, v, positions, keys).sum())
     tokens, width = side**2, d + 2 * side
+    found = count(nn.Identity(), lambda: augmented(q, k, v, positions, width, width, keys).sum())
     product = 2 * heads * tokens * (tokens + more) * width
     # The position scores of rows and columns as well, whose tables are not trained here.
     places = 2 * heads * 2 * tokens * side * d
