@@ -25,6 +25,10 @@ def doctor(
         Path | None,
         typer.Option("--prepared", metavar="DIR", help="Examine the slices of this store instead of preparing some."),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="LABEL", help="Of a pipeline's methods [the first that trains something]."),
+    ] = None,
     run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Examine this trained run as well.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder of doctor.json and doctor.png.")
@@ -47,7 +51,7 @@ def doctor(
         if not as_json:
             typer.echo(line(dict(row)))
 
-    given = Given(config, tuple(settings or ()), manifest, root, prepared, run)
+    given = Given(config, tuple(settings or ()), manifest, root, prepared, run, method)
     rows = diagnose(given, out=out, only=checks or (), device=device, steps=steps, minutes=minutes, tell=tell)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))

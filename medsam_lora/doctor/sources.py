@@ -12,7 +12,7 @@ import numpy as np
 
 from medsam_lora.config import Config, load_config, load_yaml
 from medsam_lora.doctor.subject import Subject
-from medsam_lora.errors import ConfigError, DataError, MedsamLoraError
+from medsam_lora.errors import ConfigError, DataError, MedsamLoraError, nearest
 from medsam_lora.io.manifest import case_path, read_manifest, write_manifest
 from medsam_lora.io.nifti import read_label_map
 from medsam_lora.io.store import open_store
@@ -23,7 +23,7 @@ from medsam_lora.progress import track
 from medsam_lora.records import CaseRecord, PreparedSlices
 from medsam_lora.stages.cohort import default_root, find_cohort
 from medsam_lora.stages.manifest import build_manifest
-from medsam_lora.stages.pipeline import Pipeline, PipelineSection, load_pipeline
+from medsam_lora.stages.pipeline import Method, Pipeline, PipelineSection, load_pipeline
 from medsam_lora.stages.prepare import prepare
 from medsam_lora.stages.sweep_file import SweepSection
 from medsam_lora.stages.training_cases import check_cases, find_store, split_cases
@@ -44,10 +44,12 @@ class Given:
     Parameters
     ----------
     config : Path, optional
-        Settings, or a pipeline, of which the first method that trains something is taken.
+        Settings, or a pipeline.
     settings : sequence of str
         ``section.key=value``.
     manifest, root, prepared, run : Path, optional
+    method : str, optional
+        Label of one of a pipeline's methods; by default the first that trains something.
     """
 
     config: Path | None = None
@@ -56,6 +58,7 @@ class Given:
     root: Path | None = None
     prepared: Path | None = None
     run: Path | None = None
+    method: str | None = None
 
 
 def examine_with(given: Given, work: Path, device: str, steps: int, minutes: float) -> Subject:
@@ -158,15 +161,37 @@ def _settings(given: Given, work: Path) -> tuple[Config, Path | None, Path | Non
     if path is not None and keys & set(SweepSection.model_fields):
         raise _swept(path)
     if path is None or not keys & set(PipelineSection.model_fields):
+        if given.method is not None:
+            raise ConfigError(
+                "--method names one of a pipeline's methods, and this is no pipeline file",
+                path=path,
+                remedy="Set the method by --set method.name=NAME.",
+            )
         return load_config(path, given.settings), given.manifest, given.root
     pipeline = load_pipeline(path, given.settings)
-    trained = [m for m in pipeline.methods if m.config.method.name != "zero_shot"] or list(pipeline.methods)
+    method = _method(pipeline, given.method, path)
     named = pipeline.settings
     manifest = given.manifest or (None if named.manifest is None else Path(named.manifest))
     root = given.root or (None if named.root is None else Path(named.root))
     if named.phantom is not None and manifest is None and root is None:
         root = _phantom(pipeline, work)
-    return trained[0].config, manifest, root
+    return method.config, manifest, root
+
+
+def _method(pipeline: Pipeline, label: str | None, path: Path) -> Method:
+    """The method asked for; without a label the first that trains something, and the log says so."""
+    labels = [method.label for method in pipeline.methods]
+    if label is not None:
+        if label not in labels:
+            guess = nearest(label, labels)
+            hint = f"; did you mean {guess}?" if guess else ""
+            raise ConfigError(f"no method {label!r}{hint}", path=path, remedy=f"Choose of {', '.join(labels)}.")
+        return pipeline.methods[labels.index(label)]
+    trained = [m for m in pipeline.methods if m.config.method.name != "zero_shot"] or list(pipeline.methods)
+    if len(trained) > 1:
+        others = ", ".join(m.label for m in trained[1:])
+        logger.info("examining %s; --method examines another: %s", trained[0].label, others)
+    return trained[0]
 
 
 def _swept(path: Path) -> ConfigError:

@@ -112,7 +112,9 @@ def _train(folder: Path, section: PretrainSection, device: str, resume: bool) ->
 
 
 def _train_as(group: Group, folder: Path, section: PretrainSection, device: str, resume: bool) -> None:
-    sam = build("vit_nano", "random", section.image_size, section.seed).to(choose_device(device))
+    # On grids as small as these keeping N x N matrices takes less time than computing them again.
+    sam = build("vit_nano", "random", section.image_size, section.seed, attention="reference")
+    sam.to(choose_device(device))
     courses = [Course(**course.model_dump()) for course in section.courses]
     recipe = Recipe(courses, section.lr, section.weight_decay, section.seed)
     optimiser = new_optimiser(sam, recipe)

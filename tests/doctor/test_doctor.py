@@ -127,6 +127,7 @@ def test_a_fault_ends_with_1_and_json_has_stable_keys(cohort: Cohort, capsys: py
         (("--prepared", "nowhere"), "no prepared store is here"),
         (("--set", "method.name=lorra"), "unknown method 'lorra'"),
         (("--set", "train.lrr=1"), "did you mean train.lr?"),
+        (("--method", "lora"), "this is no pipeline file"),
         (("--root", "nowhere", "--set", "model.weights=nothing.pt"), "there are no data"),
     ],
 )
@@ -149,6 +150,18 @@ def test_a_sweep_file_is_refused_by_name(text: str, remedy: str, tmp_path: Path,
     code, out, err = call(capsys, "doctor", "--config", path)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "this is a sweep file" in err and str(path) in err and remedy.format(folder=tmp_path) in err
+
+
+def test_of_a_pipeline_any_method_can_be_examined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "three.yaml"
+    path.write_text(HEALTHY.replace("rank: 4}]", "rank: 4}, {label: frozen, name: lora, decoder: frozen}]"))
+    words = ("--config", path, "--check", "settings", "--device", "cpu")
+    code, out, _ = call(capsys, "doctor", *words)
+    assert code == 0 and "method lora, decoder full" in out
+    code, out, _ = call(capsys, "doctor", *words, "--method", "frozen")
+    assert code == 1 and "The mask decoder is frozen" in out
+    code, _, err = call(capsys, "doctor", *words, "--method", "frozn")
+    assert code == 2 and "did you mean frozen?" in err and "Choose of zero_shot, lora, frozen" in err
 
 
 def test_cases_without_a_reference_cannot_be_examined(cohort: Cohort, tmp_path: Path, capsys: Any) -> None:
