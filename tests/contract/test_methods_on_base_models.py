@@ -78,3 +78,34 @@ def test_lora_leaves_the_neck_and_the_convolutions_of_vit_t_alone() -> None:
     assert adaptation.report.count == 29_696
     parents = {tensor.name.rsplit(".", 2)[0] for tensor in adaptation.report.tensors}
     assert parents == {f"image_encoder.{site.qkv}" for site in model.image_encoder.attention_sites()}
+
+
+# TinyViT has attention in two blocks of 128 features, six of 160 and two of 320 (heads of 32).
+BLOCKS, FEATURES, HEADS = 10, 2 * 128 + 6 * 160 + 2 * 320, 2 * 4 + 6 * 5 + 2 * 10
+BOTTLENECK = 2 * 8 * FEATURES + FEATURES + 8 * BLOCKS
+VIT_T_COUNTS = {
+    "adapter": 2 * BOTTLENECK,
+    "adaptformer": BOTTLENECK,
+    "sd_trans": 2 * BOTTLENECK,
+    # Beside the two products: LayerNorm of the features, two of the bottleneck, nine weights for each of its channels.
+    "prompt_generator": BOTTLENECK + 2 * FEATURES + (2 * 16 + 72) * BLOCKS,
+    "prefix": 2 * 4 * FEATURES + HEADS,
+    "vpt_deep": 4 * FEATURES,
+    "prompt_tokens": 4 * 256,
+    "sam_parser": 512,
+    # Attention and perceptron of every block, and the neck's two.
+    "layernorm": 2 * 2 * FEATURES + 2 * 2 * 256,
+}
+
+
+@pytest.mark.parametrize("name", VIT_T_COUNTS)
+def test_the_counts_on_vit_t_are_those_of_the_closed_form(name: str) -> None:
+    config = MethodConfig(name=name, rank=4, bottleneck=8, tokens=4, decoder="frozen")
+    assert attach(fresh("vit_t"), config, 0).report.count == VIT_T_COUNTS[name]
+
+
+@pytest.mark.parametrize("model_name", ["vit_nano", "vit_t"])
+def test_bitfit_counts_every_bias_of_the_encoder(model_name: str) -> None:
+    model = fresh(model_name)
+    biases = sum(p.numel() for name, p in model.image_encoder.named_parameters() if name.endswith(".bias"))
+    assert attach(model, MethodConfig(name="bitfit", decoder="frozen"), 0).report.count == biases

@@ -16,6 +16,7 @@ from medsam_lora.config import MethodConfig
 from medsam_lora.errors import AdapterError, ConfigError
 from medsam_lora.models.assemble import load_segmenter
 from medsam_lora.models.segmenter import Segmenter
+from medsam_lora.peft import METHODS
 from medsam_lora.stages import export_onnx
 from medsam_lora.stages.export import export
 
@@ -128,6 +129,24 @@ def test_stacks_of_slices_are_graphs_too(tmp_path: Path) -> None:
     assert 0 < done["largest_difference"] <= export_onnx.TOLERANCE
     about = json.loads((Path(done["out"]) / "export.json").read_text())
     assert "3 neighbouring slices" in about["input"]["one_image"]
+
+
+TESTED_ABOVE = ("lora", "prefix", "sd_trans")
+GRAPHS = [
+    *((name, "vit_nano") for name in (*METHODS, "sam_parser+lora") if name not in TESTED_ABOVE),
+    *((name, "vit_t") for name in ("lora", "adapter", "sam_parser")),
+]
+
+
+@needs_onnx
+@pytest.mark.parametrize(("name", "base"), GRAPHS)
+def test_every_method_exports_as_a_graph(name: str, base: str, tmp_path: Path) -> None:
+    method = MethodConfig(name=name, rank=2, bottleneck=2, tokens=2)
+    run = run_folder(tmp_path / "run", method, BASE.model_copy(update={"name": base}))
+    # The export runs both graphs in onnxruntime beside the run's own model, and refuses a difference.
+    done = export(run, "onnx")
+    assert 0 < done["largest_difference"] <= export_onnx.TOLERANCE
+    assert {path.name for path in Path(done["out"]).iterdir()} == {"decoder.onnx", "encoder.onnx", "export.json"}
 
 
 @needs_onnx
