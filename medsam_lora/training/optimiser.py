@@ -35,7 +35,8 @@ def build_optimiser(segmenter: Segmenter, options: TrainConfig) -> torch.optim.O
     if not groups:
         raise TrainingError("the method has nothing to train", remedy="Use method.name=lora or another one.")
     kind = torch.optim.AdamW if options.optimiser == "adamw" else torch.optim.Adam
-    return kind(groups)
+    # Adapters and a decoder are many small tensors: fused, all of a group are updated in one call.
+    return kind(groups, fused=True)
 
 
 def schedule_factor(step: int, total: int, options: TrainConfig) -> float:
