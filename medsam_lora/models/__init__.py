@@ -88,7 +88,7 @@ MODELS: Final[Mapping[str, ModelSpec]] = {
         3_846_912,
         "vit_nano.safetensors",
         None,
-        "1340232553bd5d20f267ecfd950a251a0f0b1c988962e422480f9102dbbcbb90",
+        "753ad46e70344e15f214f23d89742a1f380d802e65097f90260ed0cd22b82977",
         "vit_nano is for demonstration and tests, not for patients",
     ),
 }
