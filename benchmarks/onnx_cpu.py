@@ -38,6 +38,7 @@ from medsam_lora.models.allocator import keep_freed_memory
 from medsam_lora.models.assemble import build_segmenter
 from medsam_lora.models.graphs import EncoderGraph, attention_for_graphs
 from medsam_lora.models.precision import autocast
+from medsam_lora.stages.export_onnx import write_graph
 from medsam_lora.training.scene_batch import normalised
 
 COLUMNS = ("model", "image_size", "variant", "seconds", "torch_fp32_over_this", "relative_error")
@@ -47,7 +48,7 @@ CALIBRATION = 8
 def picture(seed: int, size: int) -> np.ndarray:
     """Drawn shapes, normalised as SAM's images are, shape (1, 3, size, size)."""
     image = make_sample(np.random.default_rng([99, seed]), size).image
-    return normalised(torch.from_numpy(image)[None, None].float()).numpy()
+    return normalised(torch.from_numpy(image)[None, :1]).numpy()
 
 
 def graphs(encoder: EncoderGraph, size: int, folder: Path) -> dict[str, Path]:
@@ -65,16 +66,7 @@ def graphs(encoder: EncoderGraph, size: int, folder: Path) -> dict[str, Path]:
     plain, shaped = folder / "fp32.onnx", folder / "shaped.onnx"
     with torch.no_grad(), attention_for_graphs(encoder.encoder), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            encoder,
-            (torch.from_numpy(picture(0, size)),),
-            str(plain),
-            input_names=["pixels"],
-            output_names=["embedding"],
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        write_graph(encoder, (torch.from_numpy(picture(0, size)),), plain, ["pixels"], ["embedding"])
     quant_pre_process(str(plain), str(shaped), skip_symbolic_shape=True)
     products, everything = folder / "products.onnx", folder / "all.onnx"
     quantize_dynamic(str(shaped), str(products), op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8)

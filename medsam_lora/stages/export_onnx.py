@@ -84,12 +84,12 @@ def write_onnx(adapter: Path, folder: Path, weights: str | None = None) -> float
     with torch.no_grad():
         embedding = encoder(pixels)
         with attention_for_graphs(segmenter.sam.image_encoder), _as_one_error(adapter, metadata["method"]):
-            _write(encoder, (pixels,), folder / FILES[0], ["pixels"], ["embedding"])
+            write_graph(encoder, (pixels,), folder / FILES[0], ["pixels"], ["embedding"])
             # Three boxes stand for any number: one or none would be taken for constants.
             boxes = some_boxes(h, w, 3)
             names = ["embedding", "boxes"], ["logits", "iou"]
             dynamic = {"embedding": None, "boxes": {0: torch.export.Dim("boxes")}}
-            _write(decoder, (embedding, boxes), folder / FILES[1], *names, dynamic)
+            write_graph(decoder, (embedding, boxes), folder / FILES[1], *names, dynamic)
     difference = largest_difference(folder, encoder, decoder, pixels)
     if not difference <= TOLERANCE:
         raise AdapterError(
@@ -150,7 +150,7 @@ def _difference(found: np.ndarray, expected: Tensor) -> float:
     return float(np.abs(found - expected.numpy()).max()) / scale
 
 
-def _write(
+def write_graph(
     module: nn.Module,
     example: tuple[Tensor, ...],
     path: Path,
@@ -158,6 +158,20 @@ def _write(
     outputs: list[str],
     dynamic: dict[str, Any] | None = None,
 ) -> None:
+    """Write a module as an ONNX graph.
+
+    Parameters
+    ----------
+    module : Module
+        In evaluation mode, its attention as `models.graphs.attention_for_graphs` has it.
+    example : tuple of Tensor
+        Arguments; the graph has their sizes.
+    path : Path
+    inputs, outputs : list of str
+        Names.
+    dynamic : dict, optional
+        Dimensions that may differ, by argument.
+    """
     n_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
     torch.onnx.export(
         module,

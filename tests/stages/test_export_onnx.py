@@ -116,7 +116,7 @@ def test_graphs_of_something_else_are_refused_and_not_left(
     lora: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = run_folder(tmp_path / "other", MethodConfig(name="decoder_only"))
-    monkeypatch.setattr(export_onnx, "_write", lambda m, x, path, *names: shutil.copy(lora.out / path.name, path))
+    monkeypatch.setattr(export_onnx, "write_graph", lambda m, x, path, *names: shutil.copy(lora.out / path.name, path))
     with pytest.raises(AdapterError, match="of the largest value, more than"):
         export(other, "onnx")
     assert [path.name for path in (tmp_path / "other" / "export").iterdir()] == []
