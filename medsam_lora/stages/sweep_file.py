@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -15,6 +15,9 @@ from medsam_lora.errors import ConfigError
 from medsam_lora.stages.pipeline import Method, Pipeline, PipelineSection, parse_pipeline
 from medsam_lora.stages.point_names import check_names, key_names, labelled, text_of
 from medsam_lora.stages.relevance import DECIDING, check_key, reads
+
+# Other regions, other prompts: `compare` refuses to hold such runs against each other.
+_SCORED_APART: Final = ("train.regions", "predict.prompts")
 
 Choices = dict[str, Any]
 """The values of a key by the names that they have in the names of points."""
@@ -170,6 +173,11 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         if key.startswith("evaluate."):
             remedy = "Give it once, in the section evaluate; medsam-lora evaluate scores the points in other ways."
             raise ConfigError(f"{key} is swept, but all points are scored alike", path=path, remedy=remedy)
+        if key in _SCORED_APART:
+            remedy = "Make a sweep for each of its values; their tables stand side by side."
+            raise ConfigError(
+                f"{key} is swept, but points that differ in it cannot be compared", path=path, remedy=remedy
+            )
         if any(text.partition("=")[0].strip() == key for text in shared):
             raise ConfigError(f"{key} is swept and also set", path=path, remedy=f"Take --set {key}=… away.")
     ranges = {key: _range(key, value, path) for key, value in swept.items() if study is not None and _is_range(value)}

@@ -111,6 +111,8 @@ def test_a_sweep_can_name_its_pipeline(tmp_path: Path) -> None:
             r"evaluate\.challenge is swept, but all points are",
         ),
         ({"study": {"keys": {"evaluate.bootstrap": [100, 200]}}}, r"evaluate\.bootstrap is swept, but all points are"),
+        ({"grid": {"train.regions": {"wt": ["WT"], "all": ["WT", "TC", "ET"]}}}, r"train\.regions.*cannot be compared"),
+        ({"grid": {"predict.prompts": ["boxes", "none"]}}, r"predict\.prompts is swept.*cannot be compared"),
         (
             {"methods": [{"name": "lora"}], "grid": {"method.name": ["full", "lora"], "method.tokens": [2]}},
             r"no point reads method\.tokens",
