@@ -30,6 +30,7 @@ from medsam_lora.commands import (
     whole,
 )
 from medsam_lora.errors import MedsamLoraError
+from medsam_lora.progress import SILENCE
 
 UNUSABLE_INPUT = 2
 PROGRAM_FAULT = 70  # EX_SOFTWARE of sysexits.h; 1 would claim that the other cases are done
@@ -121,7 +122,7 @@ def _global_options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors only, no progress.")] = False,
 ) -> None:
     if quiet:
-        os.environ["MEDSAM_LORA_NO_PROGRESS"] = "1"
+        os.environ[SILENCE] = "1"
     messages = logging.getLogger("medsam_lora")
     messages.setLevel(logging.WARNING if quiet else logging.INFO)
     messages.handlers = [_StandardError()]

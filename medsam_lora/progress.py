@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Final, TypeVar
 
 T = TypeVar("T")
+
+SILENCE: Final = "MEDSAM_LORA_NO_PROGRESS"
+"""Environment variable: 1 silences bars on a terminal as well."""
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -24,7 +27,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     -----
     ``MEDSAM_LORA_NO_PROGRESS=1`` silences it on a terminal as well.
     """
-    if not sys.stderr.isatty() or os.environ.get("MEDSAM_LORA_NO_PROGRESS") == "1":
+    if not sys.stderr.isatty() or os.environ.get(SILENCE) == "1":
         yield from items
         return
     from rich.console import Console

@@ -27,6 +27,12 @@ SetOption: TypeAlias = Annotated[
 WorkersOption: TypeAlias = Annotated[
     int | None, typer.Option("--workers", metavar="N", min=1, help="Processes [one per CPU core].")
 ]
+JobsOption: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--jobs", metavar="N", min=1, help="Runs at a time, each with its share of the cores or a GPU of its own."
+    ),
+]
 DeviceOption: TypeAlias = Annotated[
     str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto [CUDA where there is one].")
 ]

@@ -23,6 +23,7 @@ def run(
     ] = None,
     device: options.DeviceOption = "auto",
     workers: options.WorkersOption = None,
+    jobs: options.JobsOption = 1,
 ) -> None:
     """Run a pipeline: all stages for every method, one summary."""
     from medsam_lora.stages.run import run_file
@@ -36,6 +37,7 @@ def run(
         manifest=manifest,
         device=device,
         workers=options.processes(workers),
+        jobs=jobs,
     )
     raise typer.Exit(code)
 
@@ -50,6 +52,7 @@ def sweep(
     ] = None,
     device: options.DeviceOption = "auto",
     workers: options.WorkersOption = None,
+    jobs: options.JobsOption = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the points, and do nothing.")] = False,
 ) -> None:
     """Vary settings of a pipeline: a run for every point, one table, one figure."""
@@ -63,6 +66,7 @@ def sweep(
         manifest=manifest,
         device=device,
         workers=options.processes(workers),
+        jobs=jobs,
         dry_run=dry_run,
     )
     raise typer.Exit(code)

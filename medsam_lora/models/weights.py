@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from medsam_lora.errors import WeightsError, nearest
 from medsam_lora.io.files import sha256_of
 from medsam_lora.models import MODELS, ModelSpec
+from medsam_lora.progress import SILENCE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -270,7 +271,7 @@ def _check_hash(path: Path, sha256: str | None) -> None:
 
 
 def _on_terminal() -> bool:
-    return sys.stderr.isatty() and os.environ.get("MEDSAM_LORA_NO_PROGRESS") != "1"
+    return sys.stderr.isatty() and os.environ.get(SILENCE) != "1"
 
 
 def _some(names: list[str]) -> str:

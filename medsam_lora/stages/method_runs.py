@@ -96,6 +96,7 @@ def train_and_predict(place: Workplace, method: Method, fold: str, manifest: Pat
                 split=place.split,
                 device=place.device,
                 cache=place.cache,
+                sharers=place.jobs,
             )
         place.failures += outcome.failed
 
@@ -122,4 +123,13 @@ def _train(place: Workplace, method: Method, folder: Path, manifest: Path, store
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(key + "\n")
     logger.info("train: %s%s", folder.relative_to(place.out), " (resumed)" if resume else "")
-    train(manifest, store, folder, method.config, device=place.device, resume=resume, cache=place.cache)
+    train(
+        manifest,
+        store,
+        folder,
+        method.config,
+        device=place.device,
+        resume=resume,
+        cache=place.cache,
+        sharers=place.jobs,
+    )

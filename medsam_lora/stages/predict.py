@@ -107,6 +107,7 @@ def predict(
     split: str | None = None,
     device: str = "auto",
     cache: Path | None = None,
+    sharers: int = 1,
 ) -> StageOutcome:
     """Predict the cases of a manifest with a run's adapter.
 
@@ -129,6 +130,8 @@ def predict(
     device : str
     cache : Path, optional
         Folder of cached image embeddings, where ``train.cache_gib`` gives them room; beside `out` by default.
+    sharers : int
+        Runs under way that share this room, this one among them.
 
     Returns
     -------
@@ -155,7 +158,8 @@ def predict(
         check_base(metadata, segmenter.sam.name, segmenter.sam.base_sha256, None, adapter, config.model.grid)
     folder = out.parent / CACHE_FOLDER if cache is None else cache
     fixed = sha256_of(adapter) if config.predict.keep_embeddings else ""
-    segmenter.use_cache(folder, int(config.train.cache_gib * 2**30), config.predict.amp, fixed=fixed)
+    room = int(config.train.cache_gib * 2**30)
+    segmenter.use_cache(folder, room, config.predict.amp, fixed=fixed, writers=sharers)
     options = PredictOptions(config.predict.batch_size, config.predict.amp, config.predict.threshold)
     task = task_of(
         segmenter,

@@ -18,6 +18,7 @@ from medsam_lora.stages.method_runs import store_for, train_and_predict, with_pr
 from medsam_lora.stages.pipeline import STAGES, Pipeline, load_pipeline
 from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.stages.scoring import FLOOR
+from medsam_lora.stages.side_by_side import check_jobs, side_by_side
 from medsam_lora.stages.summary import write_summary
 from medsam_lora.stages.workplace import Workplace, timed
 
@@ -34,6 +35,7 @@ def run_file(
     manifest: Path | None = None,
     device: str = "auto",
     workers: int = 1,
+    jobs: int = 1,
 ) -> int:
     """Run a pipeline file.
 
@@ -50,6 +52,8 @@ def run_file(
         Over those of the file.
     device : str
     workers : int
+    jobs : int
+        Methods and folds that are trained and predicted at a time (`side_by_side`).
 
     Returns
     -------
@@ -65,13 +69,22 @@ def run_file(
     if changes:
         pipeline = replace(pipeline, settings=pipeline.settings.model_copy(update=changes))
     folder = Path("out") / pipeline.settings.name if out is None else out
-    return run(pipeline, folder, start=start, device=device, workers=workers)
+    return run(pipeline, folder, start=start, device=device, workers=workers, jobs=jobs)
 
 
-def run(pipeline: Pipeline, out: Path, *, start: str | None = None, device: str = "auto", workers: int = 1) -> int:
+def run(
+    pipeline: Pipeline,
+    out: Path,
+    *,
+    start: str | None = None,
+    device: str = "auto",
+    workers: int = 1,
+    jobs: int = 1,
+) -> int:
     """Run a checked pipeline in `out`; see `run_file`."""
     if start is not None and start not in STAGES:
         raise ManifestError(f"unknown stage {start!r}", remedy=f"--from takes one of {', '.join(STAGES)}.")
+    check_jobs(pipeline, device, jobs)
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     place = Workplace(out, pipeline, find_cohort(pipeline, out, workers), device, workers, start)
@@ -80,9 +93,19 @@ def run(pipeline: Pipeline, out: Path, *, start: str | None = None, device: str 
         choose_cases(place)
     with timed(place, "prepare"):
         stores = _prepare(place)
-    for method in pipeline.methods:
-        for fold, manifest in place.fold_manifests():
-            train_and_predict(place, method, fold, manifest, stores.get((method.label, fold)))
+    if place.runs("train") or place.runs("predict"):
+        side_by_side(
+            place,
+            {
+                f"{method.label} {fold}".strip(): (
+                    train_and_predict,
+                    (method, fold, manifest, stores.get((method.label, fold))),
+                )
+                for method in pipeline.methods
+                for fold, manifest in place.fold_manifests()
+            },
+            jobs,
+        )
     summary = None
     if place.runs("evaluate"):
         with timed(place, "evaluate"):

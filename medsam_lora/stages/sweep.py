@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from medsam_lora.errors import ManifestError
+from medsam_lora.errors import ConfigError, ManifestError, MedsamLoraError
 from medsam_lora.io.manifest import read_manifest
 from medsam_lora.io.tables import FINDING_COLUMNS, write_table
 from medsam_lora.stages.cohort import choose_cases, find_cohort
-from medsam_lora.stages.method_runs import with_pretrained_weights
+from medsam_lora.stages.method_runs import store_for, with_pretrained_weights
 from medsam_lora.stages.pipeline import STAGES
 from medsam_lora.stages.record import run_record, write_json
+from medsam_lora.stages.side_by_side import check_jobs, side_by_side
 from medsam_lora.stages.sweep_file import Point, Sweep, grid_points, load_sweep, swept_methods, with_pipeline
 from medsam_lora.stages.sweep_points import TRACEBACK_FILE, run_point, state_of, write_sweep_table
 from medsam_lora.stages.sweep_table import FAILED, compare_points, printed
@@ -31,6 +32,7 @@ def sweep_file(
     manifest: Path | None = None,
     device: str = "auto",
     workers: int = 1,
+    jobs: int = 1,
     dry_run: bool = False,
 ) -> int:
     """Run a sweep file; what is done already is not run again.
@@ -46,6 +48,8 @@ def sweep_file(
         Over those of the file.
     device : str
     workers : int
+    jobs : int
+        Points of a grid that are run at a time; the trials of a study follow each other.
     dry_run : bool
         List the points, and what is known of each, without any work.
 
@@ -64,10 +68,10 @@ def sweep_file(
     if dry_run:
         _list_points(sweep, folder)
         return 0
-    return run_sweep(sweep, folder, device=device, workers=workers)
+    return run_sweep(sweep, folder, device=device, workers=workers, jobs=jobs)
 
 
-def run_sweep(sweep: Sweep, out: Path, *, device: str = "auto", workers: int = 1) -> int:
+def run_sweep(sweep: Sweep, out: Path, *, device: str = "auto", workers: int = 1, jobs: int = 1) -> int:
     """Run a checked sweep in `out`; see `sweep_file`."""
     settings = sweep.pipeline.settings
     needed = [stage for stage in STAGES if stage != "verify" or "verify" in settings.stages]
@@ -76,6 +80,9 @@ def run_sweep(sweep: Sweep, out: Path, *, device: str = "auto", workers: int = 1
         from medsam_lora.stages.study import check_installed
 
         check_installed()
+        if jobs > 1:
+            raise ConfigError("--jobs with a study, whose trials follow each other", remedy="Leave --jobs out.")
+    check_jobs(pipeline, device, jobs)
     out.mkdir(parents=True, exist_ok=True)
     place = Workplace(out, pipeline, find_cohort(pipeline, out, workers), device, workers, split=sweep.split)
     place.pipeline = with_pretrained_weights(place)
@@ -85,7 +92,7 @@ def run_sweep(sweep: Sweep, out: Path, *, device: str = "auto", workers: int = 1
     _check_cases(place)
     if sweep.settings.study is None:
         points = grid_points(sweep)
-        _run_points(place, sweep, points)
+        _run_points(place, sweep, points, jobs)
     else:
         from medsam_lora.stages.study import run_study
 
@@ -93,13 +100,28 @@ def run_sweep(sweep: Sweep, out: Path, *, device: str = "auto", workers: int = 1
     return _finish(place, sweep, points)
 
 
-def _run_points(place: Workplace, sweep: Sweep, points: Sequence[Point]) -> None:
+def _run_points(place: Workplace, sweep: Sweep, points: Sequence[Point], jobs: int) -> None:
     write_sweep_table(place, sweep, points)
-    for at, point in enumerate(points, 1):
-        logger.info("point %d of %d: %s", at, len(points), point.label)
-        with timed(place, point.label):
-            run_point(place, point)
-        write_sweep_table(place, sweep, points)
+    if jobs > 1:
+        _prepare(place, points)
+    tasks = {point.label: (_timed_point, (point, at, len(points))) for at, point in enumerate(points, 1)}
+    side_by_side(place, tasks, jobs, lambda: write_sweep_table(place, sweep, points))
+
+
+def _timed_point(place: Workplace, point: Point, at: int, of: int) -> None:
+    logger.info("point %d of %d: %s", at, of, point.label)
+    with timed(place, point.label):
+        run_point(place, point)
+
+
+def _prepare(place: Workplace, points: Sequence[Point]) -> None:
+    """Make the stores of all points, which two of them would otherwise make at once."""
+    for point in points:
+        for fold, manifest in place.fold_manifests():
+            try:
+                store_for(place, point.method, fold, manifest)
+            except MedsamLoraError:
+                logger.debug("%s cannot be prepared; its run says why", point.label)
 
 
 def _finish(place: Workplace, sweep: Sweep, points: Sequence[Point]) -> int:

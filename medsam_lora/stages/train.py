@@ -51,6 +51,7 @@ def train(
     device: str = "auto",
     resume: bool = False,
     cache: Path | None = None,
+    sharers: int = 1,
 ) -> dict[str, Any]:
     """Train one method on a prepared store.
 
@@ -68,6 +69,8 @@ def train(
         Go on from ``state/last.pt``.
     cache : Path, optional
         Folder of cached image embeddings, where ``train.cache_gib`` gives them room; beside `run` by default.
+    sharers : int
+        Runs under way that share this room, this one among them.
 
     Returns
     -------
@@ -81,10 +84,10 @@ def train(
     """
     method_spec(config.method.name)
     if config.train.processes == 1 or under_torchrun():
-        return _train(manifest, prepared, run, config, device, resume, cache)
+        return _train(manifest, prepared, run, config, device, resume, cache, sharers)
     check_gpus(config.train.processes, device, "train.processes")
     arguments = {"manifest": manifest, "prepared": prepared, "run": run, "config": config, "device": device}
-    launch(_train, config.train.processes, arguments | {"resume": resume, "cache": cache})
+    launch(_train, config.train.processes, arguments | {"resume": resume, "cache": cache, "sharers": sharers})
     return json.loads((run / "run.json").read_text(encoding="utf-8"))
 
 
@@ -96,10 +99,11 @@ def _train(
     device: str,
     resume: bool,
     cache: Path | None,
+    sharers: int,
 ) -> dict[str, Any]:
     keep_freed_memory()
     with joined(device) as (group, own_device):
-        return _train_as(group, manifest, prepared, run, config, own_device, resume, cache)
+        return _train_as(group, manifest, prepared, run, config, own_device, resume, cache, sharers)
 
 
 def _train_as(
@@ -111,6 +115,7 @@ def _train_as(
     device: str,
     resume: bool,
     cache: Path | None,
+    sharers: int,
 ) -> dict[str, Any]:
     """Train as one of the processes of a group, the main one of which writes; the others give an empty record."""
     started = time.perf_counter()
@@ -125,7 +130,10 @@ def _train_as(
         config.model, config.method, config.fusion, modalities, config.train.regions, seed, target
     )
     cached = segmenter.use_cache(
-        run.parent / CACHE_FOLDER if cache is None else cache, _bytes(config), config.train.amp, writers=group.size
+        run.parent / CACHE_FOLDER if cache is None else cache,
+        _bytes(config),
+        config.train.amp,
+        writers=group.size * sharers,
     )
     notice = MODELS[config.model.name].notice
     if notice is not None:

@@ -16,7 +16,7 @@ class Workplace:
     """The folder of one pipeline run, and what its stages leave for each other.
 
     `split` is the one that is predicted and scored; `stores` are those made in this session, by their
-    settings, each with the cases that could not be prepared.
+    settings, each with the cases that could not be prepared; `jobs` runs are under way at a time.
     """
 
     out: Path
@@ -26,6 +26,7 @@ class Workplace:
     workers: int
     start: str | None = None
     split: str = "test"
+    jobs: int = 1
     failures: list[Finding] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     stores: dict[str, tuple[Path, Sequence[Finding]]] = field(default_factory=dict)

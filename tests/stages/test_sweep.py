@@ -167,7 +167,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             sweep_file(path, [], out, device="cpu")
     assert [r["status"] for r in read(out / "sweep.csv")] == ["done", "done", "failed", "pending", "pending"]
     first = (out / "runs" / "rank=2,blocks=all" / "adapter.safetensors").stat().st_mtime_ns
-    assert sweep_file(path, [], out, device="cpu") == 1
+    # Two at a time, so that points side by side are seen here too.
+    assert sweep_file(path, [], out, device="cpu", jobs=2) == 1
     assert (out / "runs" / "rank=2,blocks=all" / "adapter.safetensors").stat().st_mtime_ns == first
     return out
 
