@@ -88,7 +88,7 @@ MODELS: Final[Mapping[str, ModelSpec]] = {
         3_846_912,
         "vit_nano.safetensors",
         None,
-        "753ad46e70344e15f214f23d89742a1f380d802e65097f90260ed0cd22b82977",
+        "b92cd7040a837cd04599a8ea8effe7e5b32dc17f696490719f183a48c5c5a6b0",
         "vit_nano is for demonstration and tests, not for patients",
     ),
 }
