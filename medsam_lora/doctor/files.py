@@ -127,7 +127,14 @@ def predicted(subject: Subject) -> Result:
     share = differing / max(union, 1)
     measured = f"{differing} of {union} voxels written by predict differ from what the trained model says"
     numbers = {"differing": differing, "voxels": union}
-    if share > VOXELS or not union:
+    if not union:
+        return skipped(
+            "neither predict nor the trained model marks a voxel of these slices: nothing can be compared",
+            measured,
+            "Look at the checks step and overfit: rates too high end in empty masks. Or give a trained run (--run).",
+            **numbers,
+        )
+    if share > VOXELS:
         return fault(
             measured,
             "What predict writes is not what was validated: other weights, another preparation, or another way back to "

@@ -219,7 +219,7 @@ def test_a_run_whose_predictions_are_not_its_own_is_a_fault(cohort: Cohort) -> N
     assert row["status"] == "FAULT" and "not what its adapter predicts now" in row["meaning"]
 
 
-STACKS = ("method.name=sd_trans", "method.depth=3", "train.lr=0.04", "train.lr_encoder=0.04")
+STACKS = ("method.name=sd_trans", "method.depth=3", "train.lr=0.001", "train.lr_encoder=0.04")
 
 
 def test_neighbours_of_the_slices_are_seen_as_predict_sees_them(cohort: Cohort, tmp_path: Path) -> None:
@@ -235,6 +235,13 @@ def test_neighbours_of_the_slices_are_seen_as_predict_sees_them(cohort: Cohort, 
     predict(cohort.manifest, cohort.root, run, run / "predictions", config, device="cpu")
     (row,) = diagnose(Given(run=run, manifest=cohort.manifest, root=cohort.root), only=["run"], device="cpu")
     assert row["status"] == "ok" and "0.00% of the voxels of 3 earlier predictions differ" in row["measured"], row
+
+
+def test_empty_masks_on_both_sides_decide_nothing(cohort: Cohort) -> None:
+    given = Given(cohort.settings, ("predict.threshold=0.999999",), cohort.manifest, cohort.root)
+    (row,) = diagnose(given, only=["predict"], device="cpu")
+    assert (row["status"], row["numbers"]) == ("skipped", {"differing": 0, "voxels": 0}) and row["remedy"]
+    assert "marks a voxel" in row["meaning"]
 
 
 def test_predictions_cleaned_as_whole_volumes_are_not_compared_by_slices(cohort: Cohort, tmp_path: Path) -> None:
