@@ -30,6 +30,7 @@ from medsam_lora.commands import (
     whole,
 )
 from medsam_lora.errors import MedsamLoraError
+from medsam_lora.messages import say_messages
 from medsam_lora.progress import SILENCE
 
 UNUSABLE_INPUT = 2
@@ -79,13 +80,6 @@ app.add_typer(about.weights_app, name="weights")
 app.command("config")(about.show_config)
 
 
-class _StandardError(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        # Looked up at every message: a progress bar puts itself in front of sys.stderr while it runs.
-        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        typer.echo(f"{level}{record.getMessage()}", err=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code.
 
@@ -123,9 +117,7 @@ def _global_options(
 ) -> None:
     if quiet:
         os.environ[SILENCE] = "1"
-    messages = logging.getLogger("medsam_lora")
-    messages.setLevel(logging.WARNING if quiet else logging.INFO)
-    messages.handlers = [_StandardError()]
+    say_messages(logging.WARNING if quiet else logging.INFO)
 
 
 def _stop(line: str, code: int, debug: bool) -> None:

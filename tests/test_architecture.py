@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "medsam_lora"
 # A part may import parts of earlier lines only; those on one line do not import each other.
 LAYERS = (
     ("errors", "__version__"),
-    ("geometry", "labels", "processes", "progress", "sam_modules"),
+    ("geometry", "labels", "messages", "processes", "progress", "sam_modules"),
     ("records", "config"),
     ("io", "transforms", "prompts", "metrics", "datasets"),
     ("peft",),
@@ -39,7 +39,7 @@ ALLOWED_BETWEEN_SIBLINGS = {("datasets", "io")}
 
 # These parts, and these modules of other parts, answer without torch.
 TORCH_FREE_PARTS = {
-    *("errors", "geometry", "labels", "processes", "progress", "records", "config"),
+    *("errors", "geometry", "labels", "messages", "processes", "progress", "records", "config"),
     *("io", "metrics", "datasets", "analysis", "report", "commands", "cli", "__main__"),
 }
 TORCH_FREE_MODULES = {

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any, Final
 
 from medsam_lora.errors import ConfigError, TrainingError
+from medsam_lora.messages import level_of_messages, say_messages
 from medsam_lora.processes import sharing_cores
 from medsam_lora.progress import SILENCE, track
 from medsam_lora.stages.pipeline import Pipeline
@@ -88,9 +89,8 @@ def side_by_side(
     pids, places, stop = context.SimpleQueue(), context.SimpleQueue(), context.Event()
     for number in range(jobs):
         places.put(number)
-    level = logging.getLogger().getEffectiveLevel()
     pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, context, initializer=_begin, initargs=(pids, places, stop, place.device, jobs, level)
+        jobs, context, initializer=_begin, initargs=(pids, places, stop, place.device, jobs, level_of_messages())
     )
     shared = replace(place, jobs=jobs, workers=max(1, place.workers // jobs), failures=[], seconds={})
     waiting = iter(tasks.items())
@@ -139,17 +139,19 @@ _device = "cpu"
 """In a process of `side_by_side`: where it computes."""
 _stop: Any = None
 """There too: set once the runs were interrupted."""
+_level = logging.WARNING
+"""There too: of what is said."""
 
 
 def _begin(pids: Any, places: Any, stop: Any, device: str, jobs: int, level: int) -> None:
-    global _device, _stop
+    global _device, _stop, _level
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # but while there is a task
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
     pids.put(os.getpid())
     os.environ[SILENCE] = "1"  # bars of several processes would overwrite each other
-    logging.basicConfig(level=level, format="%(message)s")
+    _level = level
     import torch
 
     from medsam_lora.models.allocator import keep_freed_memory
@@ -166,8 +168,7 @@ def _do(name: str, place: Workplace, task: Task) -> Workplace:
     try:
         if _stop.is_set():
             raise KeyboardInterrupt
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(logging.Formatter(name.replace("%", "%%") + ": %(message)s"))
+        say_messages(_level, f"{name}: ")
         work, arguments = task
         own = replace(place, device=_device, failures=[], seconds={})
         work(own, *arguments)

@@ -23,6 +23,7 @@ from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from medsam_lora.errors import ConfigError, MedsamLoraError
+from medsam_lora.messages import level_of_messages, say_messages
 from medsam_lora.processes import sharing_cores
 
 T = TypeVar("T")
@@ -204,7 +205,7 @@ def launch(work: Callable[..., object], processes: int, arguments: dict[str, Any
     """
     failures = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as place:
-        level = logging.getLogger().getEffectiveLevel()
+        level = level_of_messages()
         settings = (processes, str(Path(place) / "meeting"), level, failures, work, arguments)
         with sharing_cores(processes):
             context = multiprocessing.spawn(_process, settings, processes, join=False)
@@ -229,7 +230,7 @@ def _process(
     global _failures
     _failures = failures
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), _MEETING: meeting}
-    logging.basicConfig(level=level if rank == 0 else logging.ERROR, format="%(message)s")
+    say_messages(level if rank == 0 else logging.ERROR)
     # Each with all the threads of the machine, they would wait for each other's cores.
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     try:

@@ -43,7 +43,7 @@ def place(out: Path, **changes: Any) -> Workplace:
 def note(where: Workplace, name: str) -> None:
     with timed(where, name):
         where.failures.append(Finding(name, "", "missing_file", "error", "", ""))
-        logging.getLogger(__name__).warning("50% of it done")
+        logging.getLogger("medsam_lora.test").info("50% of it done")
         text = f"{os.getpid()} {where.device} {where.workers} {where.jobs} {torch.get_num_threads()}"
         (where.out / name).write_text(text)
         time.sleep(0.2)
@@ -75,9 +75,10 @@ def wait_side_by_side(out: Path) -> None:
 
 # ---------------------------------------------------------------- what comes of them
 def test_tasks_share_the_machine_and_give_back_what_they_found(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where, calls = place(tmp_path), []
+    monkeypatch.setattr(logging.getLogger("medsam_lora"), "level", logging.INFO)
     where.failures.append(Finding("before", "", "missing_file", "error", "", ""))
     side_by_side(where, {name: (note, (name,)) for name in "abc"}, 2, lambda: calls.append(len(where.failures)))
     assert sorted(f.case_id for f in where.failures) == ["a", "b", "before", "c"] and calls == [2, 3, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -71,6 +72,7 @@ def fail_in_the_second(out: Path) -> None:
 
 def note_blas(out: Path) -> None:
     with joined("cpu") as (group, _):
+        logging.getLogger("medsam_lora.test").info("said by %d", group.rank)
         (out / f"blas{group.rank}").write_text(os.environ.get("OPENBLAS_NUM_THREADS", ""))
 
 
@@ -114,13 +116,16 @@ def test_an_error_in_one_process_is_that_of_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chosen", [None, "3"])
 def test_each_process_gives_blas_its_share_of_the_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], chosen: str | None
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     if chosen:
         monkeypatch.setenv("OPENBLAS_NUM_THREADS", chosen)
+    monkeypatch.setattr(logging.getLogger("medsam_lora"), "level", logging.INFO)
     launch(note_blas, 2, {"out": tmp_path})
+    # What the first process says is said, as without others.
+    assert [line for line in capfd.readouterr().err.splitlines() if "said by" in line] == ["said by 0"]
     assert {(tmp_path / f"blas{rank}").read_text() for rank in (0, 1)} == {chosen or "4"}
     assert os.environ.get("OPENBLAS_NUM_THREADS") == chosen
 
