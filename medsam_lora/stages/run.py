@@ -84,7 +84,7 @@ def run(
     """Run a checked pipeline in `out`; see `run_file`."""
     if start is not None and start not in STAGES:
         raise ManifestError(f"unknown stage {start!r}", remedy=f"--from takes one of {', '.join(STAGES)}.")
-    check_jobs(pipeline, device, jobs)
+    check_jobs(pipeline.methods, device, jobs)
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     place = Workplace(out, pipeline, find_cohort(pipeline, out, workers), device, workers, start)

@@ -7,7 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import islice
@@ -17,7 +17,7 @@ from medsam_lora.errors import ConfigError, TrainingError
 from medsam_lora.messages import level_of_messages, say_messages
 from medsam_lora.processes import sharing_cores
 from medsam_lora.progress import SILENCE, track
-from medsam_lora.stages.pipeline import Pipeline
+from medsam_lora.stages.pipeline import Method
 from medsam_lora.stages.workplace import Workplace
 
 logger = logging.getLogger(__name__)
@@ -28,12 +28,13 @@ Task = tuple[Callable[..., object], tuple[Any, ...]]
 _FEWER: Final = "Free memory, or run with fewer --jobs; what is finished is kept."
 
 
-def check_jobs(pipeline: Pipeline, device: str, jobs: int) -> None:
+def check_jobs(methods: Sequence[Method], device: str, jobs: int) -> None:
     """Refuse more runs side by side than the machine has places for.
 
     Parameters
     ----------
-    pipeline : Pipeline
+    methods : sequence of Method
+        What will be run.
     device : str
     jobs : int
 
@@ -47,7 +48,7 @@ def check_jobs(pipeline: Pipeline, device: str, jobs: int) -> None:
     from medsam_lora.training.distributed import check_gpus
 
     check_gpus(jobs, device, "--jobs")
-    own = [method for method in pipeline.methods if method.config.train.processes > 1]
+    own = [method for method in methods if method.config.train.processes > 1]
     if own:
         raise ConfigError(
             f"--jobs is {jobs}, and {own[0].label} is to be trained by {own[0].config.train.processes} processes",

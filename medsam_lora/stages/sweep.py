@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from medsam_lora.errors import ConfigError, ManifestError, MedsamLoraError
+from medsam_lora.errors import ConfigError, ManifestError
 from medsam_lora.io.manifest import read_manifest
 from medsam_lora.io.tables import FINDING_COLUMNS, write_table
 from medsam_lora.stages.cohort import choose_cases, find_cohort
@@ -82,7 +82,8 @@ def run_sweep(sweep: Sweep, out: Path, *, device: str = "auto", workers: int = 1
         check_installed()
         if jobs > 1:
             raise ConfigError("--jobs with a study, whose trials follow each other", remedy="Leave --jobs out.")
-    check_jobs(pipeline, device, jobs)
+    if jobs > 1:
+        check_jobs([point.method for point in grid_points(sweep)], device, jobs)
     out.mkdir(parents=True, exist_ok=True)
     place = Workplace(out, pipeline, find_cohort(pipeline, out, workers), device, workers, split=sweep.split)
     place.pipeline = with_pretrained_weights(place)
@@ -120,8 +121,8 @@ def _prepare(place: Workplace, points: Sequence[Point]) -> None:
         for fold, manifest in place.fold_manifests():
             try:
                 store_for(place, point.method, fold, manifest)
-            except MedsamLoraError:
-                logger.debug("%s cannot be prepared; its run says why", point.label)
+            except Exception:  # whatever it is, it ends this point alone, whose run meets it again and records it
+                logger.debug("%s cannot be prepared", point.label)
 
 
 def _finish(place: Workplace, sweep: Sweep, points: Sequence[Point]) -> int:

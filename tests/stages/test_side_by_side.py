@@ -158,11 +158,20 @@ def test_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    check_jobs(parse_pipeline(PIPELINE), "auto", 2)
+    check_jobs(parse_pipeline(PIPELINE).methods, "auto", 2)
     with pytest.raises(ConfigError, match="--jobs is 3, and there are 2 GPUs"):
-        check_jobs(parse_pipeline(PIPELINE), "auto", 3)
+        check_jobs(parse_pipeline(PIPELINE).methods, "auto", 3)
     with pytest.raises(ConfigError, match="--device cuda:1 is one GPU"):
-        check_jobs(parse_pipeline(PIPELINE), "cuda:1", 2)
+        check_jobs(parse_pipeline(PIPELINE).methods, "cuda:1", 2)
+
+
+def test_a_sweep_over_processes_is_refused_too(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    methods = [{"name": "lora"}]
+    path.write_text(yaml.safe_dump({**PIPELINE, "methods": methods, "grid": {"train.processes": [1, 2]}}))
+    with pytest.raises(ConfigError, match="processes=2 is to be trained by 2 processes"):
+        sweep_file(path, [], tmp_path / "out", device="cpu", jobs=2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_trials_of_a_study_follow_each_other(tmp_path: Path) -> None:
