@@ -284,15 +284,20 @@ class LoraQkv(nn.Linear, loralib.LoRALayer):
         branches = {p: self.branch(p).tensors for p in self.projections}
         deltas = {p: branch.delta(x) for p, branch in branches.items()}
         factors = {p: branch.factor(self._weight_of(p)) for p, branch in branches.items() if branch.options.dora}
+        # Split, not sliced: the gradient of each slice would be a whole output of zeros, thirty of them for ten heads.
+        wholes = output.split([length for length, _, _ in self._pieces], dim=-1)
+        splits = {
+            p: iter(delta.split([length for length, own, _ in self._pieces if own == p], dim=-1))
+            for p, delta in deltas.items()
+        }
         parts: list[Tensor] = []
         first = 0
         # No zeros are added to rows without a branch.
-        for length, p, start in self._pieces:
-            part, within = output[..., first : first + length], slice(start, start + length)
+        for (length, p, start), part in zip(self._pieces, wholes, strict=True):
             if p in deltas:
-                factor = factors.get(p)
-                bias = None if self.bias is None else self.bias[first : first + length]
-                part = with_branch(part, deltas[p][..., within], None if factor is None else factor[within], bias)
+                factor, bias = factors.get(p), None if self.bias is None else self.bias[first : first + length]
+                own_factor = None if factor is None else factor[start : start + length]
+                part = with_branch(part, next(splits[p]), own_factor, bias)
             parts.append(part)
             first += length
         return torch.cat(parts, dim=-1)
