@@ -7,7 +7,8 @@ not depend on them). *official* is segment_anything's own encoder code with the 
 round runs one fresh process per variant, alternating; each does the step `--steps` times and reports the last, then
 once more to count what it keeps for the backward pass. CPU: seconds of CPU time, as other work may run beside it, and
 the peak of resident memory. CUDA (taken where there is one): seconds of wall clock between synchronisations over
-`--steps` repetitions after as many to warm up, and the peak of allocated memory; add ``--compile`` for torch.compile.
+`--steps` repetitions after as many to warm up, and the peak of allocated memory. ``--compile`` is
+`train.compile`, blocks through torch.compile.
 Rows are written as soon as they are measured; a variant that fails (out of memory, say) is named, and the others go on.
 """
 
@@ -69,6 +70,7 @@ def child(variant: str, options: argparse.Namespace) -> None:
 
     from medsam_lora.config import MethodConfig
     from medsam_lora.models.allocator import keep_freed_memory
+    from medsam_lora.models.compiling import compiled_blocks
     from medsam_lora.models.footprint import MIB, SavedBytes, StepOptions, dry, total
     from medsam_lora.models.sam import build
     from medsam_lora.peft import attach
@@ -89,34 +91,34 @@ def child(variant: str, options: argparse.Namespace) -> None:
     # With the qkv frozen the gradient still runs through every block, as it does where they are adapted.
     pixels.requires_grad_(not lora)
     boxes = torch.tensor([[0.2, 0.2, 0.6, 0.6]] * options.images, device=device) * size
-    forward = torch.compile(total) if options.compile else total
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         pixels.grad = None
-        forward(model, pixels, boxes, amp).backward()
+        total(model, pixels, boxes, amp).backward()
 
     result: dict[str, Any] = {"device": device.type, "compiled": options.compile}
-    if device.type == "cuda":
-        for _ in range(options.steps):
-            step()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        for _ in range(options.steps):
-            step()
-        torch.cuda.synchronize()
-        result["seconds"] = (time.perf_counter() - started) / options.steps
-        result["peak_mib"] = torch.cuda.max_memory_allocated() / MIB
-    else:
-        for _ in range(options.steps):
-            before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-            step()
-            result["wall_s"] = time.perf_counter() - started
-            after = resource.getrusage(resource.RUSAGE_SELF)
-        result |= {"user_s": after.ru_utime - before.ru_utime, "system_s": after.ru_stime - before.ru_stime}
-        result["seconds"] = result["user_s"] + result["system_s"]
-        result["peak_mib"] = after.ru_maxrss / 1024
+    with compiled_blocks(options.compile):
+        if device.type == "cuda":
+            for _ in range(options.steps):
+                step()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            for _ in range(options.steps):
+                step()
+            torch.cuda.synchronize()
+            result["seconds"] = (time.perf_counter() - started) / options.steps
+            result["peak_mib"] = torch.cuda.max_memory_allocated() / MIB
+        else:
+            for _ in range(options.steps):
+                before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+                step()
+                result["wall_s"] = time.perf_counter() - started
+                after = resource.getrusage(resource.RUSAGE_SELF)
+            result |= {"user_s": after.ru_utime - before.ru_utime, "system_s": after.ru_stime - before.ru_stime}
+            result["seconds"] = result["user_s"] + result["system_s"]
+            result["peak_mib"] = after.ru_maxrss / 1024
     # In a pass of its own, as counting takes time; uncompiled, which keeps what is written in the modules.
     with SavedBytes(model) as saved:
         total(model, pixels, boxes, amp)

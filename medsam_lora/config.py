@@ -208,6 +208,11 @@ class TrainConfig(Section):
         description="Keep only the input of each encoder block and compute the block again in the backward pass: a "
         "fraction of the memory, about a third more time.",
     )
+    compile: bool = Field(
+        False,
+        description="Encoder blocks through torch.compile while training: faster for ViT-B at 1024 px, not for vit_t; "
+        "needs a C++ compiler on a CPU, Triton on CUDA.",
+    )
     optimiser: Literal["adamw", "adam"] = Field("adamw", description="Adam or AdamW.")
     lr: float = Field(1e-4, gt=0, description="Learning rate of the adapter and the mask decoder.")
     lr_encoder: float | None = Field(None, gt=0, description="Learning rate of encoder tensors; null is `lr`.")

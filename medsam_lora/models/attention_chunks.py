@@ -56,6 +56,11 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
     keys (`positions.folded`), so that one product gives the scores, rounded once; softmax sums in float32. A pass over
     the scores costs more there than the longer product.
     """
+    return run_pieces(q, k, v, positions)
+
+
+def run_pieces(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
+    """What `chunked` calls; `compiling.compiled_blocks` puts the same in its place, kept out of compiled graphs."""
     way = _ChunkedHalf if q.itemsize == 2 else _Chunked
     return way.apply(q, k, v, *positions)
 

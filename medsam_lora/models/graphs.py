@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from medsam_lora.models.sam import SamModel
 from medsam_lora.models.segmenter import Segmenter
+from medsam_lora.models.tiny_vit import Attention as WindowAttention
 from medsam_lora.models.vit import GridAttention
 
 
@@ -51,15 +52,21 @@ class DecoderGraph(nn.Module):
 
 @contextmanager
 def attention_for_graphs(encoder: nn.Module) -> Iterator[None]:
-    """Within this context a ViT computes attention by operations that a graph can hold: the same function.
+    """Within this context an encoder computes attention by operations that a graph can hold: the same function.
 
-    The pieces of `attention.chunked` are a loop with outputs written in place; `attention.biased` is one operation.
+    The pieces of `attention_chunks` and `attention_windows` are loops with outputs written in place; a fused call is
+    one operation.
     """
-    own = [(module, module.how) for module in encoder.modules() if isinstance(module, GridAttention)]
+    grids = [(module, module.how) for module in encoder.modules() if isinstance(module, GridAttention)]
+    windows = [module for module in encoder.modules() if isinstance(module, WindowAttention)]
     try:
-        for module, _ in own:
+        for module, _ in grids:
             module.how = "biased"
+        for tiny in windows:
+            tiny.fused = True
         yield
     finally:
-        for module, how in own:
+        for module, how in grids:
             module.how = how
+        for tiny in windows:
+            tiny.fused = False

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medsam_lora.models.attention_windows import windowed
 from medsam_lora.models.vit import run_block
 from medsam_lora.peft.sites import AttentionSite, MlpSite, rows_per_head
 from medsam_lora.sam_modules import LayerNorm2d
@@ -153,17 +154,16 @@ def offset_index(window: int) -> Tensor:
     return (rows[:, None] - rows).abs() * window + (columns[:, None] - columns).abs()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attention with an additive bias, ``softmax(q k^T / sqrt(d) + bias) v``, for (..., N, d) queries, keys, values."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return (scores + bias).softmax(dim=-1) @ v
-
-
 class Attention(nn.Module):
     """Multi-head attention inside windows, (n, N, C) to the same shape with N cells in each of n windows.
 
     The fused `qkv` is laid out per head: its rows are q, k and v of head 0, then q, k and v of head 1, and so on
     (SAM's ViT has all q, then all k, then all v).
+
+    Attributes
+    ----------
+    fused : bool
+        One call of torch's on the CPU too, as graph exporters need it.
     """
 
     bias_index: Tensor
@@ -171,6 +171,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, window: int) -> None:
         super().__init__()
         self.num_heads = heads
+        self.fused = False
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -187,8 +188,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, bias = self.attention_parts(x)
-        # On the CPU two matrix products are 4-10 % faster than the fused kernel, which checks the mask for -inf.
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias) if x.is_cuda else attend(q, k, v, bias)
+        # On the CPU pieces are faster than the fused kernel, which checks the mask for -inf, and keep no scores.
+        whole = self.fused or x.is_cuda
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias) if whole else windowed(q, k, v, bias)
         return self.proj(out.transpose(1, 2).reshape(x.shape))
 
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from medsam_lora.models import attention
 from medsam_lora.models.attention_choice import choose
 from medsam_lora.models.attention_chunks import chunked
+from medsam_lora.models.compiling import call_of_blocks
 from medsam_lora.models.positions import Positions, relative_positions
 from medsam_lora.sam_modules import ImageEncoderViT
 
@@ -179,10 +180,11 @@ class GridEncoder(ImageEncoderViT):
 
 def run_block(block: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
     """A block's output; with `checkpointing` nothing but `x` is kept, where there will be a backward pass at all."""
+    call = call_of_blocks()
     if not (checkpointing and torch.is_grad_enabled()):
-        return block(x)
+        return call(block, x)
     # The state of the generator is kept, so that dropout in an adaptation draws the same twice.
-    return checkpoint(block, x, use_reentrant=False)
+    return checkpoint(call, block, x, use_reentrant=False)
 
 
 def partition(x: Tensor, window: int, fill: Tensor | None = None) -> Tensor:

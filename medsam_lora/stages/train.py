@@ -22,6 +22,7 @@ from medsam_lora.models import MODELS
 from medsam_lora.models.allocator import is_out_of_memory, keep_freed_memory
 from medsam_lora.models.assemble import adapter_metadata, build_segmenter, choose_device, load_segmenter
 from medsam_lora.models.checkpoint import save_adapter
+from medsam_lora.models.compiling import is_compile_failure
 from medsam_lora.models.precision import resolve_amp
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft import method_spec
@@ -273,6 +274,12 @@ def _fit(
     try:
         return trainer.fit(note)
     except (MemoryError, RuntimeError) as error:
+        if is_compile_failure(error):
+            raise TrainingError(
+                f"torch.compile failed: {str(error).strip().splitlines()[0]}",
+                path=run,
+                remedy="Set train.compile=false, or install a C++ compiler (CPU) or Triton (CUDA).",
+            ) from error
         if not is_out_of_memory(error):
             raise
         raise TrainingError(

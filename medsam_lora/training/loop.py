@@ -22,6 +22,7 @@ from torch import nn
 from medsam_lora.config import TrainConfig
 from medsam_lora.errors import TrainingError
 from medsam_lora.inference.predictor import PredictOptions, validate_case
+from medsam_lora.models.compiling import compiled_blocks
 from medsam_lora.models.precision import autocast, float32_products, resolve_amp
 from medsam_lora.models.segmenter import N_TOKENS, Segmenter
 from medsam_lora.progress import track
@@ -140,7 +141,12 @@ class Trainer:
             Where the loss is not finite.
         """
         device = self.segmenter.device
-        with deterministic(), float32_products(device, self.options.amp), graceful_interrupt() as interrupted:
+        with (
+            deterministic(),
+            float32_products(device, self.options.amp),
+            compiled_blocks(self.options.compile),
+            graceful_interrupt() as interrupted,
+        ):
             if self.progress.epoch == 1 and self.progress.position == 0 and not self.progress.rows:
                 self._finish_epoch(0, time.perf_counter(), on_epoch)
             # A run that had stopped early and is taken up again has nothing left to do.

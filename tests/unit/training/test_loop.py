@@ -270,3 +270,27 @@ def test_checkpointing_trains_the_same_adapter(tmp_path: Path, training_cases: l
         assert model.sam.image_encoder.checkpointing is checkpointing
     plain, checkpointed = (model.adapter_state() for model in models)
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+def test_compiled_blocks_train_the_same_adapter_but_for_rounding(
+    tmp_path: Path, training_cases: list[PreparedSlices], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch's own backend for tests, which traces and differentiates as the compiling one and needs no compiler."""
+    made = []
+
+    def traced(function: object, **options: object) -> object:
+        made.append(options)
+        return compile_(function, backend="aot_eager", **options)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    models = [segmenter(), segmenter()]
+    rows = [
+        trainer(tmp_path / "state.pt", training_cases, training_cases[:1], model, epochs=1, compile=wanted).fit()[-1]
+        for model, wanted in zip(models, (False, True), strict=True)
+    ]
+    assert len(made) == 1
+    assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-4)
+    plain, compiled = (model.adapter_state() for model in models)
+    for name in plain:
+        assert (plain[name] - compiled[name]).abs().max() <= 2e-4, name
