@@ -15,11 +15,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from medsam_lora.config import apply_overrides, load_yaml
-from medsam_lora.errors import ConfigError
+from medsam_lora.errors import ConfigError, TrainingError
 from medsam_lora.io.files import sha256_of, write_bytes_atomically
 from medsam_lora.io.tables import write_table
 from medsam_lora.models import MODELS
-from medsam_lora.models.allocator import keep_freed_memory
+from medsam_lora.models.allocator import is_out_of_memory, keep_freed_memory
 from medsam_lora.models.assemble import choose_device
 from medsam_lora.models.sam import SamModel, build
 from medsam_lora.stages.pipeline import PretrainSection
@@ -120,7 +120,16 @@ def _train_as(group: Group, folder: Path, section: PretrainSection, device: str,
     optimiser = new_optimiser(sam, recipe)
     run = _Run(folder, section, sam, optimiser, recipe if group.is_main else None)
     first = run.resume() if resume else 1
-    pretrain(sam, optimiser, recipe, first, "auto", run.note)
+    try:
+        pretrain(sam, optimiser, recipe, first, "auto", run.note)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            "memory ran out while pre-training; the state of the last validation is kept",
+            path=folder,
+            remedy="Lower the numbers of pretrain.courses' pictures, or their sizes; fewer pretrain.processes need less.",
+        ) from error
     if group.is_main:
         run.finish()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medsam_lora.errors import ConfigError
+from medsam_lora.errors import ConfigError, TrainingError
 from medsam_lora.io.files import sha256_of
 from medsam_lora.models.sam import build
 from medsam_lora.models.weights import load_state
@@ -91,6 +91,16 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: 
     assert sha256_of(parts) == sha256_of(whole)
     steps = (tmp_path / "parts" / "curve.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in steps] == ["step", "2", "4", "6"]
+
+
+def test_memory_that_runs_out_is_one_error_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(stage, "pretrain", fail)
+    with pytest.raises(TrainingError, match=r"memory ran out while pre-training.*pretrain\.courses") as failure:
+        pretrain_nano(tmp_path, tiny(), "cpu")
+    assert str(tmp_path) in str(failure.value)
 
 
 def test_the_ends_of_the_rate_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
