@@ -128,7 +128,7 @@ def _train_as(group: Group, folder: Path, section: PretrainSection, device: str,
         raise TrainingError(
             "memory ran out while pre-training; the state of the last validation is kept",
             path=folder,
-            remedy="Lower the numbers of pretrain.courses' pictures, or their sizes; fewer pretrain.processes need less.",
+            remedy="Lower pictures or sizes of pretrain.courses, or pretrain.processes.",
         ) from error
     if group.is_main:
         run.finish()
