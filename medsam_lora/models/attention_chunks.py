@@ -27,13 +27,18 @@ Piece = tuple[slice, slice]
 
 @contextmanager
 def pieces_of(n_bytes: int) -> Iterator[None]:
-    """Within this context `chunked` works in pieces of this size, at least 16 rows each; its result is the same."""
+    """Within this context `chunked` (at least 16 rows each) and `windowed` work in pieces of this size."""
     global _chunk_bytes
     before, _chunk_bytes = _chunk_bytes, n_bytes
     try:
         yield
     finally:
         _chunk_bytes = before
+
+
+def piece_bytes(usual: int) -> int:
+    """What a piece takes now: `usual`, or what `pieces_of` says."""
+    return _chunk_bytes or usual
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
@@ -240,7 +245,7 @@ def _pieces(units: Tensor, n_bytes: int) -> Iterator[Piece]:
     """
     n_units, n_tokens = units.shape[:2]
     bytes_per_row = n_tokens * units.itemsize
-    chunk_bytes = _chunk_bytes or n_bytes
+    chunk_bytes = piece_bytes(n_bytes)
     n_rows = min(n_tokens, max(_FEWEST_ROWS, chunk_bytes // bytes_per_row))
     together = max(1, chunk_bytes // (bytes_per_row * n_rows))
     for unit in range(0, n_units, together):

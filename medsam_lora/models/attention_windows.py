@@ -8,6 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from medsam_lora.models.attention_chunks import piece_bytes
+
 PIECE_BYTES: Final = 2 * 2**20
 """Of the scores of a piece."""
 
@@ -91,6 +93,6 @@ def _units(part: Tensor) -> Tensor:
 
 def _pieces(q: Tensor) -> Iterator[slice]:
     n, heads, cells, _ = q.shape
-    together = max(1, PIECE_BYTES // (heads * cells * cells * q.itemsize))
+    together = max(1, piece_bytes(PIECE_BYTES) // (heads * cells * cells * q.itemsize))
     for first in range(0, n, together):
         yield slice(first, first + together)

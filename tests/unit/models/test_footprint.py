@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medsam_lora.config import MethodConfig
 from medsam_lora.models import footprint
@@ -13,6 +14,7 @@ from medsam_lora.models.footprint import MIB, SavedBytes, StepOptions, count, dr
 from medsam_lora.models.positions import Positions
 from medsam_lora.models.sam import build
 from medsam_lora.peft import attach
+from medsam_lora.peft.sites import attention_sites
 
 LORA = MethodConfig(name="lora")
 
@@ -77,6 +79,37 @@ def test_what_a_step_of_vit_b_costs() -> None:
     assert saved < 0.23
     assert flops < 0.65
     assert float(half[0] / official[0]) < 0.18
+
+
+def test_what_a_step_of_vit_t_keeps() -> None:
+    """No scores: with those of all windows a slice of four modalities kept 3260 and 2301 MiB (docs/performance.md)."""
+    for amp, limit in (("none", 2700), ("bf16", 1420)):
+        assert dry(StepOptions("vit_t", LORA, (1024, 1024), 4, 1024, amp)).saved_bytes < limit * 2**20
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["vit_t", "vit_nano"])
+def test_a_lora_step_makes_no_whole_gradient_for_a_part(name: str) -> None:
+    """The gradient of a slice is a tensor of zeros as large as what it was taken from: thirty for ten heads."""
+    model = build(name, "random", 64)
+    attach(model, LORA, 0)
+    out = model.image_encoder(torch.zeros(1, 3, 64, 64))
+    with Operations() as operations:
+        out.sum().backward()
+    # Of the padding of vit_t's windows alone, rows and columns: none for a head or a projection.
+    edges = 2 * len(attention_sites(model.image_encoder)) if name == "vit_t" else 0
+    assert operations.names.count("aten::slice_backward") == edges
 
 
 def test_the_fused_attention_of_cpus_is_counted() -> None:
