@@ -46,3 +46,13 @@ def test_a_step_is_measured_and_a_variant_that_fails_is_named(tmp_path: Path) ->
     assert "| exact fp32 |" in done.stdout
     done = run(FOLDER / "train_step.py", "--model", "vit_x", *words[2:], "--variants", "official fp32", cwd=tmp_path)
     assert done.returncode == 0 and "official fp32: failed" in done.stderr and "nothing was measured" in done.stdout
+
+
+def test_the_encoder_is_measured(tmp_path: Path) -> None:
+    words = ("--model", "vit_nano", "--image-size", 64, "--rounds", 1, "--out", "rows.csv", "--figure", "bars.png")
+    done = run(FOLDER / "encoder.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    official, exact, unpadded = csv.DictReader((tmp_path / "rows.csv").open(newline=""))
+    assert 0 < float(unpadded["tflop"]) < float(exact["tflop"]) <= 1.1 * float(official["tflop"])
+    assert all(float(row["seconds"]) > 0 and float(row["peak_mib"]) > 100 for row in (official, exact, unpadded))
+    assert "| exact |" in done.stdout and (tmp_path / "bars.png").stat().st_size > 1000
