@@ -189,7 +189,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, bias = self.attention_parts(x)
         # On the CPU pieces are faster than the fused kernel, which checks the mask for -inf, and keep no scores.
-        whole = self.fused or x.is_cuda
+        whole = self.fused or x.device.type != "cpu"
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias) if whole else windowed(q, k, v, bias)
         return self.proj(out.transpose(1, 2).reshape(x.shape))
 
