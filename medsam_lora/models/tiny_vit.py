@@ -171,6 +171,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, window: int) -> None:
         super().__init__()
         self.num_heads = heads
+        self.scale = (width // heads) ** -0.5
         self.fused = False
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
@@ -187,11 +188,15 @@ class Attention(nn.Module):
         return q, k, v, self.attention_biases[:, self.bias_index]
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v, bias = self.attention_parts(x)
-        # On the CPU pieces are faster than the fused kernel, which checks the mask for -inf, and keep no scores.
-        whole = self.fused or x.device.type != "cpu"
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias) if whole else windowed(q, k, v, bias)
+        out = self.heads_of(*self.attention_parts(x))
         return self.proj(out.transpose(1, 2).reshape(x.shape))
+
+    def heads_of(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """The heads of all windows, (n, heads, N, d): where an adaptation adds to them; see `attention_parts`."""
+        # On the CPU pieces are faster than the fused kernel, which checks the mask for -inf, and keep no scores.
+        if self.fused or q.device.type != "cpu":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return windowed(q, k, v, bias)
 
 
 class Mlp(nn.Module):

@@ -31,9 +31,9 @@ class GridPrefix(nn.Module):
     prefix_v: nn.Parameter
     prefix_gate: nn.Parameter
 
-    def heads_of(self, q: Tensor, k: Tensor, v: Tensor, positions: Any) -> Tensor:
-        """Heads of the base and of the prefix, (n, heads, N, d)."""
-        out: Tensor = super().heads_of(q, k, v, positions)  # type: ignore[misc]
+    def heads_of(self, q: Tensor, k: Tensor, v: Tensor, places: Any) -> Tensor:
+        """Heads of the base, with positions or a bias as it takes them, and of the prefix, (n, heads, N, d)."""
+        out: Tensor = super().heads_of(q, k, v, places)  # type: ignore[misc]
         return out + _of_prefix(self, q * self.scale).to(out.dtype)
 
 

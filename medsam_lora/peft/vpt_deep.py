@@ -41,7 +41,7 @@ class DeepPrompt(nn.Module):
 
 
 class GridPrompt(nn.Module):
-    """Prompt tokens of an attention that says where its heads are, and so keeps no N x N matrix (`heads_of`)."""
+    """Prompt tokens of an attention whose heads take further keys, and that so keeps no N x N matrix (`heads_of`)."""
 
     prompt_tokens: nn.Parameter
     prompt_site: AttentionSite
@@ -86,7 +86,7 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
     edits: list[Edit] = []
     for site in sites:
         base = encoder.get_submodule(site.attention)
-        on_grid = hasattr(base, "heads_of")
+        on_grid = getattr(base, "takes_grid", False)
         adapted: GridPrompt | DeepPrompt = extend(base, GridPrompt) if on_grid else extend(base, DeepPrompt)
         bound = math.sqrt(6 / (PATCH_VALUES + site.dim_in))
         drawn = torch.empty(tokens, site.dim_in).uniform_(-bound, bound, generator=generator)
