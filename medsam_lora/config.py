@@ -210,8 +210,8 @@ class TrainConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="Encoder blocks through torch.compile while training: faster for ViT-B at 1024 px, not for vit_t; "
-        "needs a C++ compiler on a CPU, Triton on CUDA.",
+        description="Encoder blocks through torch.compile while training: on CPUs faster for vit_b at 1024 px, not for "
+        "vit_t; needs a C++ compiler there, Triton on CUDA.",
     )
     optimiser: Literal["adamw", "adam"] = Field("adamw", description="Adam or AdamW.")
     lr: float = Field(1e-4, gt=0, description="Learning rate of the adapter and the mask decoder.")

@@ -56,14 +56,13 @@ class _Windowed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias = ctx.saved_tensors
-        # Laid out as the arguments, which are usually parts of one product.
         grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         scale = q.shape[-1] ** -0.5
         with torch.autocast(q.device.type, enabled=False):
             own = bias.to(q.dtype)
             for piece in _pieces(q):
-                # Laid out once: each of them is read twice.
+                # Laid out once, as most of them are read twice.
                 queries, keys, values, from_output = (_units(t[piece]) for t in (q, k, v, gradient))
                 grad_q, grad_k, grad_v = (_units(g[piece]) for g in grads)
                 probabilities = _probabilities(queries, keys, own)

@@ -36,7 +36,7 @@ class Parts(NamedTuple):
 def take_apart(attention: nn.Module, x: Tensor) -> Parts:
     """The parts of an attention for its input.
 
-    The operations, and so the bits, are those of `attention.forward` on the CPU.
+    For SAM's own `Attention` the operations, and so the bits, are those of its `forward` on the CPU.
 
     Parameters
     ----------

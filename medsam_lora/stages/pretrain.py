@@ -126,7 +126,7 @@ def _train_as(group: Group, folder: Path, section: PretrainSection, device: str,
         if not is_out_of_memory(error):
             raise
         raise TrainingError(
-            "memory ran out while pre-training; the state of the last validation is kept",
+            "memory ran out while pre-training",
             path=folder,
             remedy="Lower pictures or sizes of pretrain.courses, or pretrain.processes.",
         ) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from medsam_lora.config import Config, PredictConfig, SlicingConfig, build_config
 from medsam_lora.datasets.phantom import make_cohort
@@ -55,6 +56,22 @@ def test_memory_that_runs_out_is_one_clear_error(
     monkeypatch.setattr(Trainer, "_forward_backward", full)
     with pytest.raises(TrainingError, match=r"with 2 slices of 2 modalities.*train\.batch_size.*info --plan"):
         train(manifest, store, tmp_path / "run", config(name="lora", rank=2), device="cpu")
+
+
+def test_a_missing_compiler_is_one_clear_error(
+    cohort: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._inductor.config as inductor
+
+    manifest, _, store = cohort
+    torch.compiler.reset()
+    # What was compiled before would be found there, without a compiler.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "/no/such/compiler"))
+    settings = {**SETTINGS, "method": {"name": "lora"}, "train": {**SETTINGS["train"], "compile": True}}
+    with pytest.raises(TrainingError, match=r"torch\.compile failed: .*train\.compile=false"):
+        train(manifest, store, tmp_path / "run", build_config(settings), device="cpu")
+    torch.compiler.reset()
 
 
 def test_what_needs_no_prompt_predicts_without_a_reference(cohort: tuple[Path, Path, Path], tmp_path: Path) -> None:
