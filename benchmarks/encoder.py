@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import resource
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from medsam_lora.models.footprint import MIB, count, fake_tensors
 from medsam_lora.models.precision import autocast
 from medsam_lora.models.sam import ARCHITECTURES, build
 from medsam_lora.models.vit import GridAttention, GridEncoder
+from medsam_lora.training.guards import peak_memory_mib, reset_peak_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from train_step import ceiling
@@ -106,9 +106,11 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     work = variants(options, device)
     if options.child:
+        # Of this process alone: the peak that getrusage knows is handed down by the one that started it.
+        reset_peak_memory(device)
         for _ in range(2):
             run(*work[options.child], options.amp)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(peak_memory_mib(device))
         return
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in work}
