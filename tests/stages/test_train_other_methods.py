@@ -67,9 +67,10 @@ def test_a_missing_compiler_is_one_clear_error(
     torch.compiler.reset()
     # What was compiled before would be found there, without a compiler.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "/no/such/compiler"))
     settings = {**SETTINGS, "method": {"name": "lora"}, "train": {**SETTINGS["train"], "compile": True}}
-    with pytest.raises(TrainingError, match=r"torch\.compile failed: .*train\.compile=false"):
+    # Not monkeypatch: what it sets back it deletes from torch's configuration.
+    without = inductor.patch({"cpp.cxx": (None, "/no/such/compiler")})
+    with without, pytest.raises(TrainingError, match=r"torch\.compile failed: .*train\.compile=false"):
         train(manifest, store, tmp_path / "run", build_config(settings), device="cpu")
     torch.compiler.reset()
 

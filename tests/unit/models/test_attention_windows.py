@@ -115,8 +115,9 @@ def test_a_missing_compiler_is_recognised(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     torch.compiler.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "/no/such/compiler"))
-    with pytest.raises(RuntimeError) as failure:
+    # Not monkeypatch: what it sets back it deletes from torch's configuration.
+    without = inductor.patch({"cpp.cxx": (None, "/no/such/compiler")})
+    with without, pytest.raises(RuntimeError) as failure:
         torch.compile(lambda x: (x + 0.123).relu() * 3)(torch.zeros(37, 11))
     assert is_compile_failure(failure.value)
     torch.compiler.reset()
