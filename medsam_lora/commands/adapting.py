@@ -40,7 +40,14 @@ def adapter_info(file: AdapterFile, as_json: JsonOption = False) -> None:
 @adapter_app.command("merge")
 def adapter_merge(
     file: AdapterFile,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.pth", help="The checkpoint to write (or .safetensors).")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE.pth",
+            help="The checkpoint to write, or .safetensors; never overwritten [merged.pth beside FILE].",
+        ),
+    ] = None,
     weights: WeightsOption = None,
 ) -> None:
     """Write a stock SAM checkpoint with the adapter merged in, checked."""
@@ -49,7 +56,7 @@ def adapter_merge(
     done = merge(file, out, weights)
     typer.echo(
         f"merged into {done['model']} at {done['image_size']} px (logits differ by {done['largest_difference']:.1e} of "
-        f"the largest; the fusion of modalities, {done['fusion']}, is not part of it): {out}"
+        f"the largest; the fusion of modalities, {done['fusion']}, is not part of it): {done['out']}"
     )
 
 

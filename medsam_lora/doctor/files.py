@@ -12,13 +12,14 @@ from torch import Tensor
 
 from medsam_lora.doctor.frames import slice_of
 from medsam_lora.doctor.result import Result, fault, ok, skipped
-from medsam_lora.doctor.sources import cut
+from medsam_lora.doctor.sources import adapter_of, cut
 from medsam_lora.doctor.start import filled_boxes
 from medsam_lora.doctor.subject import Subject, tumour_of
 from medsam_lora.inference import postprocess
 from medsam_lora.inference.predictor import predict_slices
 from medsam_lora.inference.volume import to_native
 from medsam_lora.io.manifest import write_manifest
+from medsam_lora.labels import SNFH
 from medsam_lora.models.assemble import build_segmenter, load_segmenter
 from medsam_lora.models.checkpoint import load_adapter
 from medsam_lora.models.segmenter import Segmenter
@@ -26,6 +27,7 @@ from medsam_lora.prompts.sources import reference_boxes, write_box_table
 from medsam_lora.records import PreparedSlices
 from medsam_lora.stages import adapters, predict
 from medsam_lora.stages import train as train_stage
+from medsam_lora.stages.case_boxes import check_prompts
 from medsam_lora.transforms.stages import PreparePlan
 
 REREAD = 1e-5
@@ -80,6 +82,8 @@ def merge(subject: Subject) -> Result:
     segmenter = subject.segmenter
     if not segmenter.adaptation.report.mergeable:
         return skipped(f"{subject.config.method.name} cannot be merged: it adds computation of its own")
+    if segmenter.sam.grid != "padded":
+        return skipped(f"a stock checkpoint does not compute the {segmenter.sam.grid} grid (model.grid)")
     path = subject.work / "merged.safetensors"
     path.unlink(missing_ok=True)
     record = adapters.merge(subject.adapter, path, subject.config.model.weights)
@@ -90,7 +94,10 @@ def merge(subject: Subject) -> Result:
         model, plain, config.fusion, segmenter.modalities, segmenter.regions, config.train.seed, subject.device
     )
     stock.fusion.load_state_dict(segmenter.fusion.state_dict())
-    stock.regions_by_area = False
+    # Stock weights train nothing, whose regions go by area, but the merged ones may have learned them.
+    stock.regions_by_area = segmenter.regions_by_area
+    # Dropout and some fusions compute something else in training.
+    stock.eval()
     segmenter.eval()
     difference = _difference(subject.logits(stock), subject.logits(segmenter))
     flipped = sum(
@@ -115,8 +122,10 @@ def predicted(subject: Subject) -> Result:
     """Whether the stage ``predict`` writes, on the file's own grid, what the trained model says of the slices."""
     if not subject.records:
         return skipped("the files are not at hand", remedy="Give --manifest (and --root).")
+    prompts = subject.config.predict.prompts
+    check_prompts(prompts, subject.config.method.name)
     union = differing = 0
-    written = _written(subject, subject.adapter, subject.work / "predictions")
+    written = _written(subject, subject.adapter, subject.work / "predictions", prompted=prompts == "boxes")
     for case_id, volume in written.items():
         case = _together(subject, case_id)
         masks = predict_slices(subject.segmenter, case, subject.boxes(case), subject.options)
@@ -126,6 +135,7 @@ def predicted(subject: Subject) -> Result:
         union += int((volume | expected).sum())
     share = differing / max(union, 1)
     measured = f"{differing} of {union} voxels written by predict differ from what the trained model says"
+    measured += "" if prompts == "boxes" else ", with whole slices in place of the boxes"
     numbers = {"differing": differing, "voxels": union}
     if not union:
         return skipped(
@@ -149,7 +159,7 @@ def run(subject: Subject) -> Result:
     """A trained run: whether it reads back, knows this data's preparation, and predicts what it has predicted."""
     if subject.run is None:
         return skipped("no run was given (--run)")
-    path = subject.run if subject.run.is_file() else subject.run / train_stage.ADAPTER_FILE
+    path = adapter_of(subject.run)
     tensors, metadata = load_adapter(path)
     segmenter, _ = load_segmenter(path, subject.config.model.weights, subject.device)
     held = segmenter.adapter_state()
@@ -233,10 +243,13 @@ def _together(subject: Subject, case_id: str) -> PreparedSlices:
     return cut(whole, [n for n, k in enumerate(whole.ks) if k in chosen])
 
 
-def _written(subject: Subject, adapter: Path, out: Path, reach: int = 0) -> dict[str, np.ndarray]:
+def _written(
+    subject: Subject, adapter: Path, out: Path, reach: int = 0, prompted: bool = True
+) -> dict[str, np.ndarray]:
     """What the stage predict writes of the slices, by case: where a voxel has any label, on the native grid.
 
-    With `reach` so many slices on either side are predicted as well, as far as they show tumour.
+    With `reach` so many slices on either side are predicted as well, as far as they show tumour. Where it is not
+    `prompted` the boxes are those that the stage has then, around the whole slice.
     """
     _, metadata = load_adapter(adapter)
     kind, fewest = metadata["prompts"]["kind"], metadata["prompts"]["min_voxels"]
@@ -245,13 +258,15 @@ def _written(subject: Subject, adapter: Path, out: Path, reach: int = 0) -> dict
         volumes = subject.volumes(case_id)
         marked = slice_of(_together(subject, case_id), reach)
         assert volumes.label_map is not None
-        only = np.where(marked, volumes.label_map, 0).astype(np.uint8)
+        shown = np.where(marked, volumes.label_map, 0) if prompted else marked * SNFH
+        only = shown.astype(np.uint8)
         boxes[case_id] = reference_boxes(only, volumes.geometry, "WT", kind, fewest)
     manifest, table = subject.work / "examined.csv", subject.work / "boxes.csv"
     write_manifest(manifest, list(subject.records.values()))
     write_box_table(table, boxes)
-    # In float32, as what it is compared with; everything else as the user predicts.
-    changes = {"amp": "none"}
+    # In float32, as what it is compared with, and of these slices alone, which takes a table of boxes; everything else
+    # as the user predicts.
+    changes = {"amp": "none", "prompts": "boxes"}
     config = subject.config.model_copy(update={"predict": subject.config.predict.model_copy(update=changes)})
     outcome = predict.predict(manifest, subject.root, adapter, out, config, boxes=table, device=str(subject.device))
     return {case_id: _marked(out / f"{case_id}.nii.gz") for case_id in outcome.done}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from medsam_lora.doctor.result import Result, fault, ok
-from medsam_lora.doctor.subject import Subject, tumour_of
+from medsam_lora.doctor.subject import HALF, Subject, tumour_of
 from medsam_lora.doctor.watch import Seen, box_iou, bright_box, repeating, watching
 from medsam_lora.geometry import place
 from medsam_lora.labels import SNFH
@@ -71,7 +71,7 @@ def way_back(subject: Subject) -> Result:
     dices, ceilings, shifts = {}, [], []
     case, drawn = _drawn(subject.slices[0])
     with watching(segmenter) as seen, repeating(segmenter, seen):
-        mask = subject.predicted_of(segmenter, case)[0]
+        mask = subject.predicted_of(segmenter, case, HALF)[0]
     reach = through_decoder_grid(torch.from_numpy(drawn)[None, None], segmenter.sam.image_size)[0, 0].numpy()
     ceilings.append(_dice(reach, drawn))
     dices["crop"] = _dice(mask, drawn)
@@ -79,7 +79,7 @@ def way_back(subject: Subject) -> Result:
     if subject.records:
         volumes, native = _drawn_volumes(subject, subject.slices[0])
         with watching(segmenter) as seen, repeating(segmenter, seen):
-            masks = predict_volumes(subject, volumes, subject.slices[0])
+            masks = predict_volumes(subject, volumes, subject.slices[0], HALF)
         dices["file"] = _dice(masks[0], native)
         shifts.append(_shift(masks[0], native))
     least = min(ceilings) - BLUNTED
@@ -101,7 +101,9 @@ def way_back(subject: Subject) -> Result:
     return ok(measured, **numbers)
 
 
-def predict_volumes(subject: Subject, volumes: CaseVolumes, case: PreparedSlices) -> np.ndarray:
+def predict_volumes(
+    subject: Subject, volumes: CaseVolumes, case: PreparedSlices, threshold: float | None = None
+) -> np.ndarray:
     """Native masks (R, X, Y, Z) of one slice of a case, from its volumes, as the stage ``predict`` makes them.
 
     Parameters
@@ -111,6 +113,8 @@ def predict_volumes(subject: Subject, volumes: CaseVolumes, case: PreparedSlices
         With its reference, from which the box is taken.
     case : PreparedSlices
         Says which slice.
+    threshold : float, optional
+        The user's by default.
     """
     assert volumes.label_map is not None
     config = subject.config
@@ -122,7 +126,7 @@ def predict_volumes(subject: Subject, volumes: CaseVolumes, case: PreparedSlices
         subject.root,
         subject.work,
         BoxOptions(kind, fewest),
-        subject.options,
+        subject.options_at(threshold),
         int(config.data.max_gib * 2**30),
         {},
     )

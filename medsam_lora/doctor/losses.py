@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from medsam_lora.doctor.result import Result, fault, ok
+from medsam_lora.doctor.result import Result, fault, ok, skipped
 from medsam_lora.doctor.subject import Subject, tumour_of
 from medsam_lora.models.segmenter import N_TOKENS
 from medsam_lora.training import loop
@@ -25,6 +25,8 @@ is 0.8 to 0.95; with cross-entropy alone, 0."""
 
 def check(subject: Subject) -> Result:
     """The training's own loss on a ladder of predictions; it must fall as Dice rises, and by Dice above all."""
+    if not subject.segmenter.trainable_groups():
+        return skipped(f"{subject.config.method.name} trains nothing")
     trainer = subject.trainer(subject.segmenter, epochs=1)
     main = subject.segmenter.main_tokens
     case = min(subject.slices, key=lambda s: int(tumour_of(s).sum()))  # where background is most tempting

@@ -11,13 +11,15 @@ from medsam_lora.peft import method_spec
 def check(subject: Subject) -> Result:
     """Settings that are each known to let the loss fall and the Dice with it."""
     config = subject.config
-    found = [entry for entry in (_decoder(config), _dice(config), _rates(config), _slices(config)) if entry]
+    if not subject.segmenter.trainable_groups():
+        return ok(f"method {config.method.name} trains nothing, so that no setting of the training can harm")
     train = config.train
     measured = (
         f"method {config.method.name}, decoder {config.method.decoder}, Dice to cross-entropy "
         f"{train.dice_weight:g} : {train.bce_weight:g}, lr {train.lr:g}, warm-up {train.warmup_share:.0%}, "
         f"slicing {config.slicing.name}"
     )
+    found = [entry for entry in (_decoder(config), _dice(config), _rates(config), _slices(config)) if entry]
     if not found:
         return ok(measured)
     return fault(measured, " ".join(meaning for meaning, _ in found), " ".join(remedy for _, remedy in found))

@@ -6,26 +6,29 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from medsam_lora.config import Config, load_config, load_yaml
+from medsam_lora.config import Config, PromptConfig, load_config, load_yaml
 from medsam_lora.doctor.subject import Subject
-from medsam_lora.errors import ConfigError, DataError, MedsamLoraError, nearest
+from medsam_lora.errors import AdapterError, ConfigError, DataError, MedsamLoraError, nearest
 from medsam_lora.io.manifest import case_path, read_manifest, write_manifest
 from medsam_lora.io.nifti import read_label_map
 from medsam_lora.io.store import open_store
-from medsam_lora.labels import to_canonical
+from medsam_lora.labels import region_mask, to_canonical
 from medsam_lora.models.assemble import choose_device
 from medsam_lora.peft import method_spec
 from medsam_lora.progress import track
+from medsam_lora.prompts.box import boxes_from_mask
 from medsam_lora.records import CaseRecord, PreparedSlices
 from medsam_lora.stages.cohort import default_root, find_cohort
 from medsam_lora.stages.manifest import build_manifest
 from medsam_lora.stages.pipeline import Method, Pipeline, PipelineSection, load_pipeline
 from medsam_lora.stages.prepare import prepare
 from medsam_lora.stages.sweep_file import SweepSection
+from medsam_lora.stages.train import ADAPTER_FILE
 from medsam_lora.stages.training_cases import check_cases, find_store, split_cases
 from medsam_lora.transforms.masking import region_areas
 from medsam_lora.transforms.orientation import orient
@@ -79,6 +82,12 @@ def examine_with(given: Given, work: Path, device: str, steps: int, minutes: flo
         Where settings, manifest or cases cannot be used.
     """
     target = choose_device(device)
+    if given.run is not None and not adapter_of(given.run).is_file():
+        raise AdapterError(
+            "no such run" if not given.run.exists() else "no adapter is in this run",
+            path=given.run,
+            remedy=f"Give --run a folder that train has finished, with {ADAPTER_FILE}, or the adapter file.",
+        )
     config, manifest, root = _settings(given, work)
     method_spec(config.method.name)
     records: dict[str, CaseRecord] = {}
@@ -94,9 +103,13 @@ def examine_with(given: Given, work: Path, device: str, steps: int, minutes: flo
         cases = open_store(store)
         records = {r.case_id: r for r in chosen}
     check_cases(cases, config.data.modalities, config.train.regions, store)
-    slices = largest_slices(cases, N_SLICES)
+    slices = largest_slices(cases, N_SLICES, config.prompt)
     if not slices:
-        raise DataError("no slice shows tumour", path=store, remedy="Give cases with a reference that shows some.")
+        raise DataError(
+            "no slice shows tumour that gets a box",
+            path=store,
+            remedy="Give cases with a reference that shows some, or lower prompt.min_component_voxels.",
+        )
     used = [s.case_id for s in slices]
     return Subject(
         config,
@@ -113,7 +126,14 @@ def examine_with(given: Given, work: Path, device: str, steps: int, minutes: flo
     )
 
 
-def largest_slices(cases: Sequence[PreparedSlices], count: int) -> list[PreparedSlices]:
+def adapter_of(run: Path) -> Path:
+    """The adapter file of a run, which may be that file itself."""
+    return run if run.is_file() else run / ADAPTER_FILE
+
+
+def largest_slices(
+    cases: Sequence[PreparedSlices], count: int, prompt: PromptConfig | None = None
+) -> list[PreparedSlices]:
     """The slices of most tumour: the largest of every case, then the second of every case, and so on.
 
     Parameters
@@ -121,6 +141,8 @@ def largest_slices(cases: Sequence[PreparedSlices], count: int) -> list[Prepared
     cases : sequence of PreparedSlices
         With their labels.
     count : int
+    prompt : PromptConfig, optional
+        Slices that it gives no box are left out, as training leaves them out.
 
     Returns
     -------
@@ -132,9 +154,16 @@ def largest_slices(cases: Sequence[PreparedSlices], count: int) -> list[Prepared
         assert case.label is not None
         areas = [int(np.count_nonzero(label)) for label in case.label]
         order = sorted(range(len(areas)), key=lambda n, areas=areas: -areas[n])  # type: ignore[misc]
-        ranked += [(turn, -areas[n], case, n) for turn, n in enumerate(order[:count]) if areas[n]]
+        shown = (n for n in order if areas[n] and _has_box(np.asarray(case.label[n]), prompt))
+        ranked += [(turn, -areas[n], case, n) for turn, n in enumerate(islice(shown, count))]
     ranked.sort(key=lambda entry: entry[:2])
     return [cut(case, [n]) for _, _, case, n in ranked[:count]]
+
+
+def _has_box(label: np.ndarray, prompt: PromptConfig | None) -> bool:
+    if prompt is None:
+        return True
+    return len(boxes_from_mask(region_mask(label, "WT"), prompt.boxes, prompt.min_component_voxels)) > 0
 
 
 def cut(case: PreparedSlices, numbers: Sequence[int]) -> PreparedSlices:

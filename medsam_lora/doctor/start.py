@@ -10,7 +10,7 @@ from loralib.layers import LoRALayer
 from torch import nn
 
 from medsam_lora.doctor.result import Result, fault, ok, skipped
-from medsam_lora.doctor.subject import Subject, tumour_of
+from medsam_lora.doctor.subject import HALF, Subject, tumour_of
 from medsam_lora.metrics.overlap import count
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft import method_spec
@@ -31,7 +31,7 @@ without a scale 5 times at rank 64 (13 times later on)."""
 
 def base(subject: Subject) -> Result:
     """Dice of the base model on the slices, beside that of their filled boxes."""
-    masks = subject.predicted_by_base()
+    masks = subject.predicted_by_base(HALF)
     dices, floors, inside = [], [], []
     for mask, case in zip(masks, subject.slices, strict=True):
         reference = tumour_of(case)
@@ -44,6 +44,8 @@ def base(subject: Subject) -> Result:
         f"Dice of the base model {dice:.3f} on {len(dices)} slices (lowest {min(dices):.3f}), of their filled boxes "
         f"{floor:.3f}; {within:.0%} of what it marks lies in the box"
     )
+    threshold = subject.config.predict.threshold
+    measured += "" if threshold == HALF else f" (at the threshold {HALF:g}, not your {threshold:g})"
     numbers = {"dice": dices, "floor": floors, "inside_box": inside}
     if subject.config.model.weights == "random":
         why = "the weights are random, of which nothing can be expected"

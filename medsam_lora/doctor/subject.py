@@ -35,6 +35,10 @@ CONSTANT: Mapping[str, Any] = {
 }
 """Settings of ``train`` that the few updates of a check are made with, whatever the user's are."""
 
+HALF = 0.5
+"""The threshold of checks that ask for frames and inputs: at another one an edge of grey moves and a base model marks
+less or more, which is the user's choice and no fault."""
+
 
 def tumour_of(case: PreparedSlices) -> np.ndarray:
     """Where the first slice of a case shows tumour: bool, shape (X, Y)."""
@@ -105,7 +109,12 @@ class Subject:
     @property
     def options(self) -> PredictOptions:
         """How slices are predicted where results are compared: in float32."""
-        return PredictOptions(self.config.predict.batch_size, "none", self.config.predict.threshold)
+        return self.options_at(None)
+
+    def options_at(self, threshold: float | None) -> PredictOptions:
+        """As `options`, with another threshold than the user's where one is given."""
+        own = self.config.predict
+        return PredictOptions(own.batch_size, "none", own.threshold if threshold is None else threshold)
 
     def dataset(self, segmenter: Segmenter, cases: Sequence[PreparedSlices] | None = None) -> SliceDataset:
         """The slices as training reads them, with exact boxes."""
@@ -140,18 +149,18 @@ class Subject:
         """The reference's boxes of a case as prediction has them."""
         return reference_boxes(case, self.config.prompt.boxes, self.config.prompt.min_component_voxels)
 
-    def predicted(self, segmenter: Segmenter) -> list[np.ndarray]:
+    def predicted(self, segmenter: Segmenter, threshold: float | None = None) -> list[np.ndarray]:
         """Masks of bool, shape (R, X, Y), of every slice, by the prediction's own path."""
-        return [self.predicted_of(segmenter, case) for case in self.slices]
+        return [self.predicted_of(segmenter, case, threshold) for case in self.slices]
 
-    def predicted_by_base(self) -> list[np.ndarray]:
+    def predicted_by_base(self, threshold: float | None = None) -> list[np.ndarray]:
         """As `predicted`, with the adaptation switched off."""
         with self.segmenter.adaptation.disable():
-            return self.predicted(self.segmenter)
+            return self.predicted(self.segmenter, threshold)
 
-    def predicted_of(self, segmenter: Segmenter, case: PreparedSlices) -> np.ndarray:
-        """As `predicted`, of one slice."""
-        return predict_slices(segmenter, case, self.boxes(case), self.options)[0]
+    def predicted_of(self, segmenter: Segmenter, case: PreparedSlices, threshold: float | None = None) -> np.ndarray:
+        """As `predicted`, of one slice; at the user's threshold unless another is given."""
+        return predict_slices(segmenter, case, self.boxes(case), self.options_at(threshold))[0]
 
     @torch.no_grad()
     def logits(self, segmenter: Segmenter) -> list[Tensor]:

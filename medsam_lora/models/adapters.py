@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from medsam_lora.config import FusionConfig, MethodConfig
 from medsam_lora.errors import AdapterError, nearest
-from medsam_lora.models.checkpoint import check_base, load_adapter
+from medsam_lora.models.assemble import put_in
+from medsam_lora.models.checkpoint import both_bases, check_base, load_adapter
+from medsam_lora.models.description import Description, described
 from medsam_lora.models.fusion import build_fusion
-from medsam_lora.models.input_spec import InputSpec
 from medsam_lora.models.sam import SamModel
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft import attach
@@ -79,30 +79,20 @@ class AdapterBank:
         if name in self._segmenters:
             raise AdapterError(f"an adapter is called {name!r} already", path=path, remedy="Give it another name.")
         tensors, metadata = load_adapter(path)
-        modalities = self._checked(metadata, path)
-        try:
-            method = MethodConfig.model_validate(metadata["method_options"])
-            fusion = build_fusion(FusionConfig(name=metadata["fusion"]).name, modalities)
-            spec, seed = InputSpec.from_json(metadata["input_spec"]), int(metadata["seed"])
-        except (KeyError, ValueError) as error:
-            raise AdapterError(
-                f"its metadata cannot be read ({error})", path=path, remedy="Use an adapter that medsam-lora wrote."
-            ) from error
+        said = described(metadata, path)
+        self._check(metadata, said, path)
+        fusion = build_fusion(said.fusion.name, said.modalities)
         before = swap(self.sam, None)
         try:
-            adaptation = attach(self.sam, method, seed)
-            segmenter = Segmenter(self.sam, adaptation, fusion, spec, modalities, metadata["regions"])
+            adaptation = attach(self.sam, said.method, said.seed)
+            segmenter = Segmenter(self.sam, adaptation, fusion, said.input_spec, said.modalities, said.regions)
             try:
-                segmenter.load_adapter_state({k: v.to(segmenter.device) for k, v in tensors.items()})
-            except (AdapterError, RuntimeError) as error:
-                raise AdapterError(f"{_text(error)} ({self._both(metadata)})", path=path) from error
+                put_in(segmenter, tensors, metadata, path)
             finally:
                 adaptation.detach()
         finally:
             swap(self.sam, before)
-        if metadata["method"] != method.name:
-            raise AdapterError(f"its metadata contradicts itself ({self._both(metadata)})", path=path)
-        self.modalities = modalities
+        self.modalities = said.modalities
         self._segmenters[name] = segmenter.eval()
         return name
 
@@ -143,21 +133,12 @@ class AdapterBank:
         with adaptation.disable():
             yield
 
-    def _checked(self, metadata: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    def _check(self, metadata: Mapping[str, Any], said: Description, path: Path) -> None:
         check_base(metadata, self.sam.name, self.sam.base_sha256, self.sam.image_size, path, self.sam.grid)
-        modalities = tuple(metadata["modalities"])
-        if self.modalities is not None and modalities != self.modalities:
+        if self.modalities is not None and said.modalities != self.modalities:
             raise AdapterError(
-                f"the adapter was trained on {', '.join(modalities)}, the images are {', '.join(self.modalities)} "
-                f"({self._both(metadata)})",
+                f"the adapter was trained on {', '.join(said.modalities)}, the images are {', '.join(self.modalities)} "
+                f"({both_bases(metadata, self.sam.base_sha256)})",
                 path=path,
                 remedy="Use a bank of its own, or an adapter of these modalities.",
             )
-        return modalities
-
-    def _both(self, metadata: Mapping[str, Any]) -> str:
-        return f"the adapter's base is {metadata['base_sha256']}, this one {self.sam.base_sha256}"
-
-
-def _text(error: Exception) -> str:
-    return error.message if isinstance(error, AdapterError) else " ".join(str(error).split())

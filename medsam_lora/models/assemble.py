@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from medsam_lora import __version__
 from medsam_lora.config import FusionConfig, MethodConfig, ModelConfig
-from medsam_lora.errors import AdapterError, ConfigError
-from medsam_lora.models.checkpoint import check_base, load_adapter
+from medsam_lora.errors import AdapterError, ConfigError, WeightsError
+from medsam_lora.io.files import sha256_of
+from medsam_lora.models.checkpoint import both_bases, check_base, load_adapter
+from medsam_lora.models.description import described
 from medsam_lora.models.fusion import build_fusion
-from medsam_lora.models.input_spec import INPUT_RANGES, InputSpec
+from medsam_lora.models.input_spec import INPUT_RANGES
 from medsam_lora.models.sam import build
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft import attach
+
+NAMED_WEIGHTS: Final = (None, "official", "random")
+"""What ``model.weights`` is where it is not the path of a checkpoint."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -88,7 +94,7 @@ def adapter_metadata(
     seed : int
         That of the adaptation.
     """
-    if model.weights not in (None, "official", "random"):
+    if model.weights not in NAMED_WEIGHTS:
         # The adapter is used from other working directories than the one it was trained in.
         model = model.model_copy(update={"weights": str(Path(model.weights).expanduser().resolve())})
     return {
@@ -133,14 +139,59 @@ def load_segmenter(
     Raises
     ------
     AdapterError
-        Where the file is damaged or does not fit the base weights.
+        Where the file is damaged or does not fit the base weights; where they or its tensors do not fit, the hashes of
+        both bases are named.
     """
     tensors, metadata = load_adapter(path)
-    segmenter = segmenter_of(metadata, path, weights, device, attention)
+    try:
+        segmenter = segmenter_of(metadata, path, weights, device, attention)
+    except WeightsError as error:
+        named = described(metadata, path).model.weights if weights is None else weights
+        if named in NAMED_WEIGHTS or error.path is None or not error.path.is_file():
+            raise
+        digest = sha256_of(error.path)
+        if digest == metadata["base_sha256"]:
+            raise
+        # Of another architecture, or damaged: what is wrong with it matters less than which file is meant.
+        raise AdapterError(
+            f"{error.path} does not hold the base weights that the adapter was trained on: {error.message} "
+            f"({both_bases(metadata, digest)})",
+            path=path,
+            remedy="Set model.weights to the checkpoint that the adapter was trained on.",
+        ) from error
     sam = segmenter.sam
     check_base(metadata, sam.name, sam.base_sha256, sam.image_size, path, sam.grid)
-    segmenter.load_adapter_state({name: tensor.to(segmenter.device) for name, tensor in tensors.items()})
+    put_in(segmenter, tensors, metadata, path)
     return segmenter.eval(), metadata
+
+
+def put_in(segmenter: Segmenter, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path) -> None:
+    """Copy the tensors of an adapter file into a segmenter, strictly.
+
+    Parameters
+    ----------
+    segmenter : Segmenter
+    tensors, metadata : mapping
+        From `load_adapter`.
+    path : Path
+        Of the adapter file, for messages.
+
+    Raises
+    ------
+    AdapterError
+        Where they do not fit, with the file and the hashes of both bases.
+    """
+    here = {name: tensor.to(segmenter.device) for name, tensor in tensors.items()}
+    try:
+        segmenter.load_adapter_state(here)
+    except (AdapterError, RuntimeError) as error:
+        # torch's own, of the fusion, runs over several lines.
+        text = error.message if isinstance(error, AdapterError) else " ".join(str(error).split())
+        raise AdapterError(
+            f"{text} ({both_bases(metadata, segmenter.sam.base_sha256)})",
+            path=path,
+            remedy="Use the base model, the fusion and the method options that the adapter was trained with.",
+        ) from error
 
 
 def segmenter_of(
@@ -166,19 +217,10 @@ def segmenter_of(
     AdapterError
         Where the metadata makes no segmenter.
     """
-    try:
-        model = ModelConfig.model_validate(metadata["model"])
-        method = MethodConfig.model_validate(metadata["method_options"])
-        fusion = FusionConfig(name=metadata["fusion"])
-        modalities, regions = metadata["modalities"], metadata["regions"]
-        seed, spec = int(metadata["seed"]), InputSpec.from_json(metadata["input_spec"])
-    except (KeyError, ValueError) as error:
-        raise AdapterError(
-            f"its metadata cannot be read ({error})", path=path, remedy="Use an adapter that medsam-lora wrote."
-        ) from error
+    said = described(metadata, path)
     given = {"weights": weights, "attention": attention}
-    model = model.model_copy(update={name: value for name, value in given.items() if value is not None})
+    model = said.model.model_copy(update={name: value for name, value in given.items() if value is not None})
     device = torch.device("cpu") if device is None else device
-    segmenter = build_segmenter(model, method, fusion, modalities, regions, seed, device)
-    segmenter.input_spec = spec
+    segmenter = build_segmenter(model, said.method, said.fusion, said.modalities, said.regions, said.seed, device)
+    segmenter.input_spec = said.input_spec
     return segmenter

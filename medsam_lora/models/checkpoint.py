@@ -162,7 +162,7 @@ def check_base(
     AdapterError
         Naming what the adapter was trained on and what it was given.
     """
-    both = f"the adapter's base is {metadata['base_sha256']}, this one {base_sha256}"
+    both = both_bases(metadata, base_sha256)
     if metadata["model_name"] != model_name:
         raise AdapterError(
             f"the adapter was trained on {metadata['model_name']}, not on {model_name} ({both})",
@@ -188,6 +188,18 @@ def check_base(
             path=path,
             remedy=f"Set model.grid={trained_on}, or train anew.",
         )
+
+
+def both_bases(metadata: Mapping[str, Any], base_sha256: str | None) -> str:
+    """The hashes of the base that an adapter was trained on and of the one in use, for a message.
+
+    Parameters
+    ----------
+    metadata : mapping
+        From `load_adapter`.
+    base_sha256 : str or None
+    """
+    return f"the adapter's base is {metadata['base_sha256']}, this one {base_sha256}"
 
 
 def _canonical(record: Mapping[str, Any]) -> str:

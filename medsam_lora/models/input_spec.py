@@ -93,10 +93,21 @@ class InputSpec:
         ValueError
             For missing or unknown keys, or values that make no spec.
         """
-        known = {field.name for field in fields(cls)}
-        if set(data) != known:
-            raise ValueError(f"an input spec has the keys {', '.join(sorted(known))}, not {', '.join(sorted(data))}")
-        return cls(data["name"], float(data["low"]), float(data["high"]))
+        if not isinstance(data, Mapping):
+            raise ValueError(f"an input spec is a mapping, not {data!r}")
+        known = [field.name for field in fields(cls)]
+        wrong = {
+            "missing": [name for name in known if name not in data],
+            "unknown": [str(name) for name in data if name not in known],
+        }
+        if any(wrong.values()):
+            text = "; ".join(f"{', '.join(names)} {kind}" for kind, names in wrong.items() if names)
+            raise ValueError(f"an input spec needs name, low and high: {text}")
+        try:
+            low, high = float(data["low"]), float(data["high"])
+        except TypeError as error:
+            raise ValueError(f"low and high of an input spec are numbers ({error})") from error
+        return cls(data["name"], low, high)
 
 
 def _extremes(images: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:

@@ -296,7 +296,7 @@ def swap(model: nn.Module, adaptation: Adaptation | None) -> Adaptation | None:
     Raises
     ------
     AdapterError
-        Where it is another model's. Nothing is changed then.
+        Where it is another model's, or the model no longer has what it was made for. Nothing is changed then.
     """
     if adaptation is not None and adaptation.model is not model:
         raise AdapterError(
@@ -307,8 +307,13 @@ def swap(model: nn.Module, adaptation: Adaptation | None) -> Adaptation | None:
         return before
     if before is not None:
         before.detach()
-    if adaptation is not None:
-        adaptation.reattach()
+    try:
+        if adaptation is not None:
+            adaptation.reattach()
+    except Exception:
+        if before is not None:
+            before.reattach()
+        raise
     return before
 
 

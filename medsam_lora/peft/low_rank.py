@@ -119,11 +119,11 @@ class Branch:
             out = out - functional.linear(start, self.tensor("start_B") * self.options.scale)
         return out
 
-    def dense(self) -> Tensor:
-        """The matrix of `delta`, (n_out, n_in)."""
-        dense = self.options.scale * self.tensor("B") @ self.tensor("A")
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix of `delta`, (n_out, n_in), computed in a type."""
+        dense = self.options.scale * self.tensor("B").to(dtype) @ self.tensor("A").to(dtype)
         if self.options.init == "pissa":
-            dense = dense - self.options.scale * self.tensor("start_B") @ self.tensor("start_A")
+            dense = dense - self.options.scale * self.tensor("start_B").to(dtype) @ self.tensor("start_A").to(dtype)
         return dense
 
     def factor(self, weight: Tensor) -> Tensor | None:
@@ -142,10 +142,15 @@ class Branch:
             return self.tensor("magnitude") / squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The weight that does alone what weight and branch do together."""
-        factor = self.factor(weight)
-        merged = weight + self.dense()
-        return (merged if factor is None else factor[:, None] * merged).detach()
+        """The weight that does alone what weight and branch do together, of the weight's own type.
+
+        It is rounded to that type once, at the end.
+        """
+        with full_precision(weight):
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            factor = self.factor(weight)
+            merged = weight.to(dtype) + self.dense(dtype)
+            return (merged if factor is None else factor[:, None] * merged).detach().to(weight.dtype)
 
 
 def with_branch(out: Tensor, delta: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -60,16 +60,24 @@ def attach(model: nn.Module, config: MethodConfig, generator: torch.Generator) -
 
 
 def _branch(width: int, inner: int, like: Tensor, generator: torch.Generator) -> nn.Sequential:
-    last = LayerNorm2d(width).to(like)
+    last = _norm(width, like)
     nn.init.zeros_(last.weight)
     return nn.Sequential(
         draw_convolution(width, inner, 1, like, generator),
-        LayerNorm2d(inner).to(like),
+        _norm(inner, like),
         nn.GELU(),
         draw_convolution(inner, inner, 3, like, generator, groups=inner, bias=False),
-        LayerNorm2d(inner).to(like),
+        _norm(inner, like),
         nn.GELU(),
         draw_convolution(inner, width, 1, like, generator),
         last,
         nn.GELU(),
     )
+
+
+def _norm(width: int, like: Tensor) -> LayerNorm2d:
+    layer = LayerNorm2d(width)
+    # Not layer.to(like), which cannot put one fake tensor (`models.footprint.dry`) in the place of another.
+    for name, parameter in list(layer.named_parameters()):
+        setattr(layer, name, nn.Parameter(parameter.detach().to(like)))
+    return layer

@@ -198,7 +198,13 @@ def chosen_sites(encoder: nn.Module, blocks: Sequence[int] | str | None) -> list
             )
         return found
     if isinstance(blocks, str):
-        blocks = list(range(-int(blocks.removeprefix("last ")), 0))
+        k = int(blocks.removeprefix("last "))
+        if k > len(sites):
+            raise ConfigError(
+                f"method.blocks is {blocks}, but the encoder has {len(sites)} attention blocks",
+                remedy=f"Write last {len(sites)} or less, or null for all.",
+            )
+        blocks = list(range(-k, 0))
     return [sites[index] for index in select_blocks(blocks, len(sites))]
 
 

@@ -16,13 +16,14 @@ from medsam_lora.errors import AdapterError
 from medsam_lora.io.files import sha256_of, write_bytes_atomically
 from medsam_lora.models.assemble import load_segmenter
 from medsam_lora.models.checkpoint import load_adapter
+from medsam_lora.models.description import method_of
 from medsam_lora.models.sam import SamModel, build
-from medsam_lora.peft import method_spec
 
 TOLERANCE: Final = 1e-4
 """Largest difference of logits, relative to the largest logit, that a merged model may have."""
 
 KINDS: Final = (".pth", ".pt", ".safetensors")
+DEFAULT_NAME: Final = "merged.pth"
 
 
 def info(path: Path) -> dict[str, Any]:
@@ -38,10 +39,10 @@ def info(path: Path) -> dict[str, Any]:
     Raises
     ------
     AdapterError
-        Where the file is missing or damaged.
+        Where the file is missing or damaged, or of a method that this version does not know.
     """
     tensors, metadata = load_adapter(path)
-    spec = method_spec(metadata["method"])
+    spec = method_of(metadata, path)
     parts: dict[str, int] = {}
     for name, tensor in tensors.items():
         part = name.partition(".")[0]
@@ -69,15 +70,15 @@ def info(path: Path) -> dict[str, Any]:
     }
 
 
-def merge(path: Path, out: Path, weights: str | None = None) -> dict[str, Any]:
+def merge(path: Path, out: Path | None = None, weights: str | None = None) -> dict[str, Any]:
     """Write a stock checkpoint of the base model with the adapter merged in, and check that it computes the same.
 
     Parameters
     ----------
     path : Path
         The adapter.
-    out : Path
-        ``.pth``, ``.pt`` or ``.safetensors``; refused where it exists.
+    out : Path, optional
+        ``.pth``, ``.pt`` or ``.safetensors``; refused where it exists. ``merged.pth`` beside the adapter by default.
     weights : str, optional
         Where the base weights are, if not where they were at training.
 
@@ -92,6 +93,7 @@ def merge(path: Path, out: Path, weights: str | None = None) -> dict[str, Any]:
     AdapterError
         Where the method or the grid is none that stock weights can hold, or the merged model computes something else.
     """
+    out = path.with_name(DEFAULT_NAME) if out is None else out
     if out.suffix not in KINDS:
         raise AdapterError(f"the suffix {out.suffix!r} names no kind of checkpoint", path=out, remedy="Write .pth.")
     if out.exists():
@@ -149,7 +151,7 @@ def refuse_unmergeable(path: Path, metadata: Mapping[str, Any]) -> None:
     AdapterError
     """
     instead = "medsam-lora export with --format onnx, monai-bundle: they hold the whole computation"
-    if not method_spec(metadata["method"]).mergeable:
+    if not method_of(metadata, path).mergeable:
         raise AdapterError(
             f"method {metadata['method']} cannot be merged into stock SAM weights: it adds computation of its own",
             path=path,

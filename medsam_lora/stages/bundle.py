@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medsam_lora.config import DataConfig, PredictConfig
-from medsam_lora.errors import AdapterError, DataError, MedsamLoraError
+from medsam_lora.errors import AdapterError, ConfigError, DataError, MedsamLoraError
 from medsam_lora.inference import postprocess
 from medsam_lora.inference.predictor import PredictOptions
 from medsam_lora.io.manifest import read_manifest
@@ -21,9 +21,10 @@ from medsam_lora.models import MODELS
 from medsam_lora.models.assemble import segmenter_of
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.progress import track
-from medsam_lora.prompts import BOX_TABLE, REFERENCE_BOX
+from medsam_lora.prompts import BOX_TABLE, NO_PROMPT, REFERENCE_BOX
 from medsam_lora.prompts.sources import read_box_table, write_box_table
 from medsam_lora.records import SliceBox
+from medsam_lora.stages.case_boxes import check_prompts
 from medsam_lora.stages.predict import chosen_cases, predict_case, task_of
 from medsam_lora.stages.record import run_record, write_json
 
@@ -131,7 +132,8 @@ class CaseEvaluator:
     split : str, optional
         Only the cases of this split.
     settings : dict, optional
-        `PredictConfig`: ``batch_size``, ``amp``, ``threshold``.
+        `PredictConfig`: ``batch_size``, ``amp``, ``threshold``; ``prompts``, of which ``none`` predicts every slice
+        that shows brain, where the method goes by no prompts.
     """
 
     def __init__(
@@ -162,15 +164,19 @@ class CaseEvaluator:
         Raises
         ------
         MedsamLoraError
-            Before the first case, where manifest or boxes cannot be used; after the last one, where some failed.
+            Before the first case, where manifest, boxes or settings cannot be used; after the last one, where some
+            failed.
         """
+        settings, network = self.settings, self.network
+        prompted = settings.prompts == "boxes"
+        if self.boxes is not None and not prompted:
+            raise ConfigError("a table of boxes was given beside prompts: none", remedy="Leave one of them out.")
+        check_prompts(settings.prompts, network.metadata["method"])
         records = chosen_cases(read_manifest(self.manifest), self.split, self.manifest)
         given = None if self.boxes is None else read_box_table(self.boxes)
-        settings = self.settings
         options = PredictOptions(settings.batch_size, settings.amp, settings.threshold)
-        network = self.network
         max_bytes = int(DataConfig().max_gib * 2**30)
-        task = task_of(network.segmenter, network.metadata, self.root, self.out, options, max_bytes)
+        task = task_of(network.segmenter, network.metadata, self.root, self.out, options, max_bytes, prompted)
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "record.json", self._record([r.case_id for r in records]))
         used: dict[str, list[SliceBox]] = {}
@@ -195,13 +201,14 @@ class CaseEvaluator:
         metadata, segmenter = self.network.metadata, self.network.segmenter
         _, meanings = label_map_of(np.zeros((len(segmenter.regions), 1, 1, 1), bool), segmenter.regions)
         notice = MODELS[metadata["model_name"]].notice
+        boxed = REFERENCE_BOX if self.boxes is None else BOX_TABLE
         return {
             **run_record(),
             **({} if notice is None else {"notice": notice}),
             "stage": "predict",
             "run": f"bundle of {metadata['method']}",
             "method": metadata["method"],
-            "prompt_source": REFERENCE_BOX if self.boxes is None else BOX_TABLE,
+            "prompt_source": boxed if self.settings.prompts == "boxes" else NO_PROMPT,
             "regions": list(segmenter.regions),
             "labels": {str(value): name for value, name in meanings.items()},
             "postprocess": postprocess.describe(postprocess.from_json(metadata.get("postprocess", {}))),

@@ -23,7 +23,7 @@ from medsam_lora.models.assemble import load_segmenter
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft import method_spec
 from medsam_lora.stages.bundle import DESCRIPTION, WEIGHTS, BundleNetwork, loaded, whole
-from medsam_lora.stages.export_contract import contract, threshold_of
+from medsam_lora.stages.export_contract import contract, predict_settings_of
 from medsam_lora.stages.record import write_json
 from medsam_lora.transforms.cropping import crop_size
 from medsam_lora.transforms.stages import PreparePlan
@@ -40,6 +40,13 @@ The weights: derived from the base model {model}, whose licence goes with them (
 are under the Apache License 2.0), and from the data that they were trained on, whose terms are not changed by this.
 
 """
+
+BOXES: Final = """`--boxes B.csv` (columns case_id,k,i0,j0,i1,j1, voxel edges of the files' own axes) gives
+prompts; without it they are taken from the reference."""
+
+NO_BOXES: Final = """The method has a prompt of its own: with `--settings#prompts none`
+every slice that shows brain is predicted, and no reference is needed; with `--settings#prompts boxes` those with a box,
+of `--boxes B.csv` (columns case_id,k,i0,j0,i1,j1) or of the reference. `{prompts}` holds where nothing is said."""
 
 
 def write_bundle(adapter: Path, folder: Path, weights: str | None = None) -> float:
@@ -70,13 +77,16 @@ def write_bundle(adapter: Path, folder: Path, weights: str | None = None) -> flo
     state = {f"segmenter.{name}": tensor for name, tensor in whole(segmenter).state_dict().items()}
     torch.save(state, buffer)
     write_bytes_atomically(folder / WEIGHTS, buffer.getvalue())
-    threshold = threshold_of(adapter)
-    about = contract(segmenter, metadata, threshold)
+    settings = predict_settings_of(adapter)
+    if method_spec(metadata["method"]).prompted:
+        # A run that was only trained may say otherwise; a bundle that refuses as it is would be of no use.
+        settings = settings.model_copy(update={"prompts": "boxes"})
+    about = contract(segmenter, metadata, settings.threshold)
     plane = crop_size(PreparePlan.from_json(metadata["plan"]).crop)
     write_json(folder / "configs" / "metadata.json", _metadata(segmenter, metadata, plane))
-    write_json(folder / "configs" / "inference.json", _inference(threshold))
+    write_json(folder / "configs" / "inference.json", _inference(settings))
     write_json(folder / "docs" / "export.json", {"format": "monai-bundle", **about})
-    write_bytes_atomically(folder / "docs" / "README.md", _readme(metadata, about).encode())
+    write_bytes_atomically(folder / "docs" / "README.md", _readme(metadata, about, settings).encode())
     licence = LICENCE_NOTICE.format(model=metadata["model_name"]) + _licence()
     write_bytes_atomically(folder / "LICENSE", licence.encode())
     return _checked(folder, segmenter, plane, adapter)
@@ -108,7 +118,8 @@ def _metadata(segmenter: Segmenter, metadata: Mapping[str, Any], plane: tuple[in
     shape: list[int | str] = list(plane) if plane else ["*", "*"]
     depth = segmenter.adaptation.report.depth
     names = [name if depth == 1 else f"{name}, slice {n + 1} of {depth}" for n in range(depth) for name in modalities]
-    notice = MODELS[metadata["model_name"]].notice
+    notice, spec = MODELS[metadata["model_name"]].notice, method_spec(metadata["method"])
+    prompted = "prompted by boxes on transverse slices" if spec.prompted else "on transverse slices, without prompts"
     return {
         "schema": SCHEMA,
         "version": "0.1.0",
@@ -118,8 +129,8 @@ def _metadata(segmenter: Segmenter, metadata: Mapping[str, Any], plane: tuple[in
         "numpy_version": version("numpy"),
         "required_packages_version": {"medsam-lora": __version__, **{p: version(p) for p in REQUIRED_PACKAGES}},
         "name": f"{metadata['model_name']} with {metadata['method']}",
-        "task": f"Segmentation of {', '.join(regions)} of brain tumours in MRI, prompted by boxes on transverse slices",
-        "description": f"{MODELS[metadata['model_name']].summary}; {method_spec(metadata['method']).summary}. "
+        "task": f"Segmentation of {', '.join(regions)} of brain tumours in MRI, {prompted}",
+        "description": f"{MODELS[metadata['model_name']].summary}; {spec.summary}. "
         f"For research only, not for patients.{'' if notice is None else f' {notice}.'}",
         "authors": "The author of the run",
         "copyright": "See LICENSE",
@@ -127,7 +138,7 @@ def _metadata(segmenter: Segmenter, metadata: Mapping[str, Any], plane: tuple[in
         "image_classes": f"z-scored voxels of {', '.join(modalities)}, co-registered and skull-stripped as BraTS's",
         "pred_classes": f"{', '.join(regions)}, each within the one before it",
         "intended_use": "Research only. Not a medical device.",
-        "references": [method_spec(metadata["method"]).source],
+        "references": [spec.source],
         "network_data_format": {
             "inputs": {
                 "image": {
@@ -166,8 +177,8 @@ def _metadata(segmenter: Segmenter, metadata: Mapping[str, Any], plane: tuple[in
     }
 
 
-def _inference(threshold: float) -> dict[str, Any]:
-    settings = PredictConfig()
+def _inference(settings: PredictConfig) -> dict[str, Any]:
+    defaults = PredictConfig()
     return {
         "imports": ["$import torch"],
         "bundle_root": ".",
@@ -178,9 +189,11 @@ def _inference(threshold: float) -> dict[str, Any]:
         "output_dir": "$@bundle_root + '/eval'",
         "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
         "settings": {
-            "batch_size": settings.batch_size,
-            "amp": settings.amp,
-            "threshold": threshold,
+            # Of the machine that predicts, unlike the others, which are the run's.
+            "batch_size": defaults.batch_size,
+            "amp": defaults.amp,
+            "threshold": settings.threshold,
+            "prompts": settings.prompts,
         },
         "checkpoint": f"$@bundle_root + '/{WEIGHTS}'",
         "network_def": {
@@ -207,20 +220,21 @@ def _inference(threshold: float) -> dict[str, Any]:
     }
 
 
-def _readme(metadata: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    notice = about.get("notice")
+def _readme(metadata: Mapping[str, Any], about: Mapping[str, Any], settings: PredictConfig) -> str:
+    notice, prompted = about.get("notice"), method_spec(metadata["method"]).prompted
+    prompts = BOXES if prompted else NO_BOXES.format(prompts=settings.prompts)
+    how = "each prompted by a box" if prompted else "without a prompt"
     return f"""# {metadata["model_name"]} with {metadata["method"]}
 
-Segments {", ".join(about["regions"])} of brain tumours on transverse slices of {", ".join(about["modalities"])}, each
-prompted by a box. Exported by medsam-lora {__version__}. **Not a medical device, for research only.**
+Segments {", ".join(about["regions"])} of brain tumours on transverse slices of {", ".join(about["modalities"])}, {how}.
+Exported by medsam-lora {__version__}. **Not a medical device, for research only.**
 {"" if notice is None else f"{chr(10)}{notice}.{chr(10)}"}
 Install `medsam-lora=={__version__}` with its extra `bundle`, then, in this folder:
 
     python -m monai.bundle run --config_file configs/inference.json --manifest M.csv --root DATA --output_dir OUT
 
 `M.csv` is a manifest of cases (`medsam-lora manifest build DATA --out M.csv`); paths in it are relative to `--root`,
-its own folder by default. `--boxes B.csv` (columns case_id,k,i0,j0,i1,j1, voxel edges of the files' own axes) gives
-prompts; without it they are taken from the reference. `--split test` takes only that split. From another folder, add
+its own folder by default. {prompts} `--split test` takes only that split. From another folder, add
 `--bundle_root` with this one.
 
 `OUT` receives a label map (`.nii.gz`) and a segmentation for 3D Slicer (`.seg.nrrd`) for every case, on its own grid,

@@ -61,7 +61,17 @@ def frame_of(segmenter: Segmenter, metadata: Mapping[str, Any]) -> tuple[int, in
 
 
 def threshold_of(adapter: Path) -> float:
-    """The probability above which a run counts a voxel as tumour, by its ``config.yaml``; the default without one.
+    """The probability above which a run counts a voxel as tumour; see `predict_settings_of`.
+
+    Parameters
+    ----------
+    adapter : Path
+    """
+    return predict_settings_of(adapter).threshold
+
+
+def predict_settings_of(adapter: Path) -> PredictConfig:
+    """How a run predicts, by its ``config.yaml``; the defaults without one.
 
     Parameters
     ----------
@@ -69,7 +79,7 @@ def threshold_of(adapter: Path) -> float:
         The run's adapter file, beside which its settings lie.
     """
     config = adapter.with_name("config.yaml")
-    return (load_config(config).predict if config.is_file() else PredictConfig()).threshold
+    return load_config(config).predict if config.is_file() else PredictConfig()
 
 
 def contract(segmenter: Segmenter, metadata: Mapping[str, Any], threshold: float) -> dict[str, Any]:

@@ -66,12 +66,12 @@ def methods(model: str = "vit_b", only: MethodConfig | None = None) -> list[dict
     Returns
     -------
     list of dict
-        ``method``; ``options`` (those it reads, with their values); ``encoder_parameters`` (what it adds or trains in
-        the image encoder) and ``encoder_ki`` (in units of 1024); ``trainable_parameters`` (with the mask decoder where
-        it trains it) and ``share_of_model``; ``gmac_per_image`` of the adapted image encoder (for a slice that is
-        predicted: sd_trans encodes a stack for it) and ``extra_gmac_per_image`` over the base's; ``cache_point``;
-        ``mergeable``; ``source``; ``summary``; ``paper`` (``printed``, ``agrees``,
-        ``note``; None where SAM-PARSER's Table 4 has no such row).
+        The first row of a method has its default options; variants follow it. ``method``; ``options`` (those it reads,
+        with their values); ``encoder_parameters`` (what it adds or trains in the image encoder) and ``encoder_ki`` (in
+        units of 1024); ``trainable_parameters`` (with the mask decoder where it trains it) and ``share_of_model``;
+        ``gmac_per_image`` of the adapted image encoder (for a slice that is predicted: sd_trans encodes a stack for it)
+        and ``extra_gmac_per_image`` over the base's; ``cache_point``; ``mergeable``; ``source``; ``summary``; ``paper``
+        (``printed``, ``agrees``, ``note``; None where SAM-PARSER's Table 4 has no such row).
 
     Raises
     ------
@@ -121,7 +121,8 @@ def as_text(rows: Sequence[Mapping[str, Any]], model: str) -> str:
     notes = [_paper_line(row) for row in rows if row["paper"] is not None]
     if notes:
         notes = ["", "Table 4 of SAM-PARSER (arXiv 2308.14604), parameters in Ki:", *notes]
-    sources = [f"  {name}: {METHODS[name].source}" for name in METHODS if any(r["method"] == name for r in rows)]
+    shown = {part.strip() for row in rows for part in row["method"].split("+")}
+    sources = [f"  {name}: {spec.source}" for name, spec in METHODS.items() if name in shown]
     body = [f"{model}: what a method trains, and what it costs", *(line.rstrip() for line in text)]
     return "\n".join([*body, "", HOW_COUNTED, *notes, "", "sources", *sources])
 

@@ -125,6 +125,8 @@ def test_a_fault_ends_with_1_and_json_has_stable_keys(cohort: Cohort, capsys: py
         (("--manifest", "nowhere.csv"), "nowhere.csv"),
         (("--root", "nowhere"), "there are no data to look at"),
         (("--prepared", "nowhere"), "no prepared store is here"),
+        (("--run", "nowhere"), "nowhere: no such run. Remedy: Give --run"),
+        (("--run", "."), "no adapter is in this run"),
         (("--set", "method.name=lorra"), "unknown method 'lorra'"),
         (("--set", "train.lrr=1"), "did you mean train.lr?"),
         (("--method", "lora"), "this is no pipeline file"),

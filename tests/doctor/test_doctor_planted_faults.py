@@ -179,8 +179,8 @@ def test_h2_prediction_with_other_weights(cohort: Cohort, monkeypatch: Patch) ->
 
 
 def test_h2_merging_without_the_scale(cohort: Cohort, monkeypatch: Patch) -> None:
-    def dense(self: low_rank.Branch) -> Tensor:
-        return self.tensor("B") @ self.tensor("A")
+    def dense(self: low_rank.Branch, dtype: torch.dtype) -> Tensor:
+        return self.tensor("B").to(dtype) @ self.tensor("A").to(dtype)
 
     monkeypatch.setattr(low_rank.Branch, "dense", dense)
     named(examined(cohort, "merge", "method.alpha=32")["merge"], "merged model")

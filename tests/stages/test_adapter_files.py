@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from medsam_lora.cli import main
 from medsam_lora.config import FusionConfig, MethodConfig, ModelConfig
 from medsam_lora.errors import AdapterError
 from medsam_lora.io.files import sha256_of
+from medsam_lora.models.adapters import AdapterBank
 from medsam_lora.models.assemble import adapter_metadata, build_segmenter
-from medsam_lora.models.checkpoint import save_adapter
+from medsam_lora.models.checkpoint import load_adapter, save_adapter
 from medsam_lora.models.sam import build
 from medsam_lora.stages.adapters import diff, info, merge
+from medsam_lora.transforms.cropping import CropPlan
+from medsam_lora.transforms.stages import PreparePlan
 
 BASE = ModelConfig(name="vit_nano", weights="random", image_size=64)
 
@@ -26,7 +30,8 @@ def write(path: Path, method: MethodConfig, step: float = 0.05) -> Path:
     fusion = FusionConfig()
     segmenter = build_segmenter(BASE, method, fusion, ["t1c", "t2f"], ["WT"], 0, torch.device("cpu"))
     moved = {name: tensor + step for name, tensor in segmenter.adapter_state().items()}
-    save_adapter(path, moved, {**adapter_metadata(segmenter, BASE, method, fusion, 0), "plan": {}})
+    plan = PreparePlan(("t1c", "t2f"), crop=CropPlan("none")).to_json()
+    save_adapter(path, moved, {**adapter_metadata(segmenter, BASE, method, fusion, 0), "plan": plan})
     return path
 
 
@@ -121,3 +126,98 @@ def test_diff_of_two_files(lora: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert shapes == [[2, 192], [3, 192]]
     code, text = run("adapter", "diff", plain, other, capsys=capsys)
     assert code == 0 and "another shape" in text
+
+
+def changed(path: Path, out: Path, tensors: dict[str, torch.Tensor] | None = None, **metadata: Any) -> Path:
+    """The file again, with more tensors or other metadata."""
+    own, said = load_adapter(path)
+    save_adapter(out, {**own, **(tensors or {})}, {**said, **metadata})
+    return out
+
+
+def test_merge_writes_beside_the_file_by_default(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copy(lora, tmp_path / "a.safetensors"))
+    code, text = run("adapter", "merge", path, capsys=capsys)
+    assert code == 0 and str(tmp_path / "merged.pth") in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "merged.pth"]
+    before = sha256_of(tmp_path / "merged.pth")
+    code, text = run("adapter", "merge", path, capsys=capsys)
+    assert code == 2 and "merged.pth: the file exists" in text and sha256_of(tmp_path / "merged.pth") == before
+
+
+def test_tensors_of_another_rank_are_refused_with_file_and_hashes(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**load_adapter(lora)[1]["method_options"], "rank": 3}
+    wrong = changed(lora, tmp_path / "a.safetensors", method_options=options)
+    digest = build("vit_nano", "random", 64).base_sha256
+    for words in (("adapter", "merge"), ("adapter", "diff"), ("export", "--format", "onnx")):
+        code, text = run(*words, wrong, capsys=capsys)
+        text = " ".join(text.split())
+        assert code == 2 and f"{wrong}: the tensors do not fit method lora" in text
+        assert f"(the adapter's base is {digest}, this one {digest})" in text and "Remedy: " in text
+
+
+def test_tensors_that_the_fusion_does_not_have_are_refused(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = changed(lora, tmp_path / "a.safetensors", {"fusion.modality_weights": torch.zeros(2)})
+    code, text = run("adapter", "merge", wrong, capsys=capsys)
+    assert code == 2 and str(wrong) in text and "modality_weights" in text and "the adapter's base is" in text
+
+
+def test_weights_of_another_architecture_are_refused_with_both_hashes(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "vit_t.pth"
+    torch.save(build("vit_t", "random", 64).state_dict(), other)
+    code, text = run("adapter", "merge", lora, "--weights", other, capsys=capsys)
+    assert code == 2 and str(lora) in text and str(other) in text and "missing" in text
+    assert build("vit_nano", "random", 64).base_sha256 in text and sha256_of(other) in text
+    code, text = run("adapter", "merge", lora, "--weights", tmp_path / "none.pth", capsys=capsys)
+    assert code == 2 and "none.pth: no such file" in text
+
+
+@pytest.mark.parametrize("words", [("adapter", "info"), ("adapter", "merge"), ("export", "--format", "monai-bundle")])
+def test_a_file_of_an_unknown_method_is_named(
+    words: tuple[str, ...], lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**load_adapter(lora)[1]["method_options"], "name": "newmethod"}
+    path = changed(lora, tmp_path / "a.safetensors", method="newmethod", method_options=options)
+    code, text = run(*words, path, capsys=capsys)
+    assert code == 2 and f"{path}: " in text and "'newmethod'" in text
+    assert "newer version" in text and "another program" in text and "method.name" not in text
+
+
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ({"plan": {"x": 1}}, "plan: 'crop' is missing"),
+        ({"plan": {}}, "plan: 'crop' is missing"),
+        ({"plan": 3}, "plan: "),
+        ({"plan": PreparePlan().to_json()}, "plan: the crop is not fitted"),
+        ({"modalities": ["t1c", "zzz"]}, "modalities: zzz is none of t1n, t1c, t2f, t2w"),
+        ({"modalities": ["t1c", "t1c"]}, "modalities: t1c is named twice"),
+        ({"modalities": []}, "modalities: none is named"),
+        ({"regions": ["XX"]}, "regions: XX is none of WT, TC, ET"),
+        ({"regions": "WT"}, "regions: a list of names"),
+        ({"input_spec": {"name": "window"}}, "input_spec: an input spec needs name, low and high: low, high missing"),
+        ({"input_spec": None}, "input_spec: "),
+        ({"model": {"name": "vit_x"}}, "model: "),
+        ({"fusion": "sum"}, "fusion: "),
+        ({"seed": "x"}, "seed: "),
+        ({"method": "bitfit"}, "method: bitfit, but the options are those of lora"),
+    ],
+    ids=str,
+)
+def test_metadata_that_mean_nothing_are_one_clear_error(
+    metadata: dict[str, Any], named: str, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = changed(lora, tmp_path / "a.safetensors", **metadata)
+    code, text = run("export", path, "--format", "sam-pth", capsys=capsys)
+    assert code == 2 and f"{path}: its metadata cannot be read: {named}" in text, text
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"] and len(text.splitlines()) == 1
+    with pytest.raises(AdapterError, match="its metadata cannot be read"):
+        AdapterBank(build("vit_nano", "random", 64)).attach(path)

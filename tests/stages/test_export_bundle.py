@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -14,19 +15,22 @@ import numpy as np
 import pytest
 import torch
 from export_runs import BASE, run_folder
+from monai.bundle import run as run_bundle
 from monai.bundle import verify_metadata, verify_net_in_out
 
 import medsam_lora
 from medsam_lora.config import MethodConfig, build_config, dump_config
 from medsam_lora.datasets.phantom import make_cohort
-from medsam_lora.errors import AdapterError, DataError
-from medsam_lora.io.manifest import read_manifest
+from medsam_lora.errors import AdapterError, ConfigError, DataError
+from medsam_lora.io.manifest import read_manifest, write_manifest
 from medsam_lora.io.predictions import read_record
 from medsam_lora.stages import export_bundle
 from medsam_lora.stages.bundle import BundleNetwork, CaseEvaluator, loaded
 from medsam_lora.stages.export import export
 from medsam_lora.stages.manifest import build_manifest
 from medsam_lora.stages.predict import predict
+from medsam_lora.stages.prepare import prepare
+from medsam_lora.stages.train import train
 
 SCHEMA = Path(__file__).with_name("bundle_schema.json")
 
@@ -181,3 +185,61 @@ def _of_another_seed(adapter: Path) -> BundleNetwork:
     data["model"]["seed"] = 5
     adapter.write_text(json.dumps(data))
     return BundleNetwork(adapter)
+
+
+def test_a_method_with_a_prompt_of_its_own_needs_no_reference(tmp_path: Path) -> None:
+    """As predict.prompts=none: the masks of every slice that shows brain, of cases without a reference."""
+    settings = build_config(
+        {
+            "data": {"modalities": ["t1c", "t2f"]},
+            "model": {"name": "vit_nano", "weights": "random", "image_size": 64},
+            "method": {"name": "prompt_tokens"},
+            "train": {"epochs": 1, "slices_per_epoch": 4, "batch_size": 2},
+            "predict": {"prompts": "none"},
+        }
+    )
+    manifest, root, bare = tmp_path / "manifest.csv", tmp_path / "cohort", tmp_path / "bare.csv"
+    make_cohort(root, 2, 5, (32, 40, 12))
+    build_manifest(root, manifest, {"train": 0.5, "val": 0.5}, 0)
+    store, _ = prepare(manifest, root, tmp_path / "prepared", settings)
+    train(manifest, store, tmp_path / "run", settings, device="cpu")
+    records = [
+        dataclasses.replace(r, files={k: v for k, v in r.files.items() if k != "seg"}) for r in read_manifest(manifest)
+    ]
+    write_manifest(bare, records)
+    outcome = predict(bare, root, tmp_path / "run", tmp_path / "ours", settings, device="cpu")
+    bundle = Path(export(tmp_path / "run", "monai-bundle")["out"])
+    # The run's own setting, which the command's arguments replace.
+    config = bundle / "configs" / "inference.json"
+    assert json.loads(config.read_text())["settings"]["prompts"] == "none"
+    words = {"bundle_root": str(bundle), "manifest": str(bare), "root": str(root)}
+    run_bundle(run_id="run", config_file=str(config), output_dir=str(tmp_path / "theirs"), **words)
+    for case in outcome.done:
+        ours, theirs = (np.asanyarray(nib.load(tmp_path / at / f"{case}.nii.gz").dataobj) for at in ("ours", "theirs"))
+        assert np.array_equal(ours, theirs)
+    assert len(outcome.done) == 2
+    assert (tmp_path / "theirs" / "prompts.csv").read_bytes() == (tmp_path / "ours" / "prompts.csv").read_bytes()
+    record = json.loads((tmp_path / "theirs" / "record.json").read_text())
+    assert (record["prompt_source"], record["predict"]["prompts"]) == ("none", "none")
+    network = loaded(BundleNetwork(bundle / "configs" / "adapter.json"), bundle / "models" / "model.pt")
+    with pytest.raises(DataError, match="2 of 2 cases failed"):
+        CaseEvaluator(network, str(bare), str(tmp_path / "boxed"), str(root)).run()
+    assert json.loads((tmp_path / "boxed" / "record.json").read_text())["prompt_source"] == "reference_box"
+    readme = (bundle / "docs" / "README.md").read_text()
+    assert "prompted by a box" not in readme and "--settings#prompts boxes" in readme
+    assert "prompted by boxes" not in json.loads((bundle / "configs" / "metadata.json").read_text())["task"]
+
+
+def test_no_prompt_is_refused_where_the_method_goes_by_them(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    _, bundle = exported
+    make_cohort(tmp_path / "cohort", 1, 5, (48, 56, 12))
+    manifest = tmp_path / "manifest.csv"
+    build_manifest(tmp_path / "cohort", manifest, {"test": 1.0}, 0)
+    network = BundleNetwork(bundle / "configs" / "adapter.json")
+    paths = str(manifest), str(tmp_path / "out"), str(tmp_path / "cohort")
+    with pytest.raises(ConfigError, match="lora goes by prompts"):
+        CaseEvaluator(network, *paths, settings={"prompts": "none"}).run()
+    with pytest.raises(ConfigError, match="boxes was given beside prompts: none"):
+        CaseEvaluator(network, *paths, boxes=str(tmp_path / "b.csv"), settings={"prompts": "none"}).run()
+    assert not (tmp_path / "out").exists()
+    assert "prompted by a box" in (bundle / "docs" / "README.md").read_text()

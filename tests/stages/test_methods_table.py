@@ -155,3 +155,17 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["methods", "--model", "vit_x"])
     assert stop.value.code == 2
+
+
+def test_the_sources_of_a_combination_are_those_of_its_parts() -> None:
+    text = as_text(methods("vit_nano", MethodConfig(name="sam_parser + lora")), "vit_nano")
+    sources = text.partition("\nsources\n")[2].splitlines()
+    assert [line.split(":")[0].strip() for line in sources] == ["lora", "sam_parser"]
+
+
+def test_the_first_row_of_a_method_has_its_default_options(vit_b: list[dict[str, Any]]) -> None:
+    first = {r["method"]: r for r in reversed(vit_b)}
+    for name, found in first.items():
+        defaults = MethodConfig(name=name).model_dump(mode="json")
+        assert found["options"] == {option: defaults[option] for option in found["options"]}
+    assert len(first) == len(METHODS) + 1 < len(vit_b)

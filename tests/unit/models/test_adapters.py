@@ -19,6 +19,8 @@ from medsam_lora.models.checkpoint import save_adapter
 from medsam_lora.models.sam import build
 from medsam_lora.models.segmenter import Segmenter
 from medsam_lora.peft.contract import swap
+from medsam_lora.transforms.cropping import CropPlan
+from medsam_lora.transforms.stages import PreparePlan
 
 MODALITIES = ["t1n", "t1c"]
 METHODS = [
@@ -38,7 +40,8 @@ def write(path: Path, method: MethodConfig, base: ModelConfig, modalities: list[
     segmenter = build_segmenter(base, method, fusion, modalities, ["WT"], 0, torch.device("cpu"))
     generator = torch.Generator().manual_seed(len(method.name))
     moved = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in segmenter.adapter_state().items()}
-    save_adapter(path, moved, {**adapter_metadata(segmenter, base, method, fusion, 0), "plan": {}})
+    plan = PreparePlan(tuple(modalities), crop=CropPlan("none")).to_json()
+    save_adapter(path, moved, {**adapter_metadata(segmenter, base, method, fusion, 0), "plan": plan})
     return path
 
 
@@ -154,6 +157,8 @@ def test_another_model_modalities_and_rank_are_refused_with_both_hashes(files: l
     base = of_base(sam)
     with pytest.raises(AdapterError, match=rf"lora_q.A is \(2, 192\).*not \(3, 192\).*{sam.base_sha256}"):
         bank.attach(wrong)
+    with pytest.raises(AdapterError, match=rf"wrong.safetensors: .*lora_q.A is \(2, 192\).*{sam.base_sha256}"):
+        load_segmenter(wrong)
     assert torch.equal(of_base(sam), base) and bank.names == []
 
 

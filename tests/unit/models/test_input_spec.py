@@ -97,8 +97,12 @@ def test_json_round_trip(spec: InputSpec) -> None:
         ({"name": "window", "low": 1.0, "high": 1.0}, "below"),
         ({"name": "window", "low": 0.0, "high": float("inf")}, "finite"),
         ({"name": "window", "low": 0.0, "high": float("nan")}, "finite"),
+        ({"name": "window"}, r"needs name, low and high: low, high missing$"),
+        ({"nam": "window", "low": 0.0, "high": 1.0}, r": name missing; nam unknown$"),
+        ("window", "a mapping"),
+        ({"name": "window", "low": None, "high": 1.0}, "low"),
     ],
 )
-def test_what_makes_no_spec(data: dict[str, object], named: str) -> None:
+def test_what_makes_no_spec(data: object, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         InputSpec.from_json(data)

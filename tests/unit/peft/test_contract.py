@@ -8,7 +8,7 @@ from toy_sam import predict, toy_batch, toy_sam
 from medsam_lora.config import MethodConfig
 from medsam_lora.errors import AdapterError, ConfigError
 from medsam_lora.peft import attach
-from medsam_lora.peft.contract import Adaptation, attached_to
+from medsam_lora.peft.contract import Adaptation, attached_to, swap
 from medsam_lora.peft.edits import Edit, train_whole
 
 CONFIG = MethodConfig(name="decoder_only")
@@ -156,3 +156,20 @@ def test_the_resting_tensors_follow_the_model_to_another_device(name: str) -> No
     model.to("cuda")
     adaptation.detach()
     assert {p.device.type for p in model.parameters()} == {"cuda"}
+
+
+def test_a_swap_that_fails_changes_nothing() -> None:
+    model = small_model()
+    first = gated(model)
+    first.detach()
+    second = Adaptation(model, CONFIG, train_whole(model, "0", "decoder"), expected_count=6)
+    # What the first one was made for is no longer there.
+    model[1] = nn.Linear(2, 2).requires_grad_(False)
+    enabled = model.get_parameter("0.weight")
+    with pytest.raises(AdapterError, match="1 is not what method decoder_only was made for"):
+        swap(model, first)
+    assert attached_to(model) is second and second.enabled and not first.enabled
+    assert model.get_parameter("0.weight") is enabled and enabled.requires_grad
+    second.detach()
+    assert all(p.requires_grad for p in model[0].parameters())
+    assert not any(p.requires_grad for p in model[1].parameters())

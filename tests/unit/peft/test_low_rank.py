@@ -205,3 +205,38 @@ def test_pissa_is_trained_without_weight_decay(plus: float) -> None:
 def test_the_scale_of_a_sweep_with_fixed_alpha() -> None:
     assert [LowRankOptions(r, 8.0).scale for r in (4, 8, 64)] == [2.0, 1.0, 0.125]
     assert LowRankOptions(64, 8.0, scaling="alpha/sqrt(r)").scale == 8.0 / math.sqrt(64)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{"dora": True}, {"init": "pissa"}, {}], ids=["dora", "pissa", "plain"])
+def test_merging_into_a_base_of_half_precision(half: torch.dtype, options: dict[str, Any]) -> None:
+    """The merged weight is that of the same tensors in float64, rounded once."""
+    model = toy_sam("vit").to(half)
+    adaptation = attach(model, MethodConfig(name="lora", rank=2, decoder="frozen", targets=["q", "mlp"], **options), 0)
+    draw = generator(1)
+    state = {k: v + 0.1 * torch.randn(v.shape, generator=draw).to(v) for k, v in adaptation.state().items()}
+    adaptation.load(state)
+    merged = adaptation.merge()
+    assert {tensor.dtype for tensor in merged.values()} == {half}
+    name = "image_encoder.blocks.0.mlp.lin1"
+    layer = model.get_submodule(name)
+    weight = layer.weight.detach().double()
+    dense = weight + 4.0 * state[f"{name}.lora_B"].double() @ state[f"{name}.lora_A"].double()
+    if "init" in options:
+        dense -= 4.0 * (layer.lora_start_B.double() @ layer.lora_start_A.double())
+    if "dora" in options:
+        # The squares of the base's rows are kept in the base's own type.
+        squares = layer.lora_squares.double() + dense.square().sum(dim=1) - weight.square().sum(dim=1)
+        dense *= (state[f"{name}.lora_magnitude"].double() / squares.sqrt())[:, None]
+    assert torch.allclose(merged[f"{name}.weight"].double(), dense, rtol=1.1 * torch.finfo(half).eps / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"dora": True}, {"init": "pissa"}, {}], ids=["dora", "pissa", "plain"])
+def test_merging_under_autocast_is_merging_without(options: dict[str, Any]) -> None:
+    adaptation = attach(toy_sam("vit"), MethodConfig(name="lora", rank=2, targets=["q", "mlp"], **options), 0)
+    draw = generator(1)
+    adaptation.load({k: v + 0.1 * torch.randn(v.shape, generator=draw) for k, v in adaptation.state().items()})
+    expected = adaptation.merge()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = adaptation.merge()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -9,7 +9,14 @@ from torch import nn
 from toy_sam import ENCODERS, toy_batch, toy_sam
 
 from medsam_lora.errors import AdapterError, ConfigError
-from medsam_lora.peft.sites import attention_sites, mlp_sites, rows_as_thirds, rows_per_head, select_blocks
+from medsam_lora.peft.sites import (
+    attention_sites,
+    chosen_sites,
+    mlp_sites,
+    rows_as_thirds,
+    rows_per_head,
+    select_blocks,
+)
 
 
 def test_importing_the_records_and_the_table_needs_no_torch() -> None:
@@ -99,3 +106,11 @@ def test_select_blocks(blocks: list[int] | None, expected: list[int]) -> None:
 def test_blocks_that_do_not_exist_are_refused(blocks: list[int], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         select_blocks(blocks, 3)
+
+
+def test_more_last_blocks_than_there_are_are_refused_as_they_were_asked_for() -> None:
+    encoder = toy_sam("tiny_vit").image_encoder
+    assert len(chosen_sites(encoder, "last 10")) == 10
+    with pytest.raises(ConfigError, match="is last 99, but the encoder has 10 attention blocks") as error:
+        chosen_sites(encoder, "last 99")
+    assert "-99" not in str(error.value) and "last 10" in str(error.value)
