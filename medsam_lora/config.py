@@ -25,15 +25,16 @@ __all__ = [
     "load_yaml",
     "nearest",
     "number_aware",
+    "plain_name",
 ]
 
 Modality = Literal["t1n", "t1c", "t2f", "t2w"]
 
 
 class Section(BaseModel):
-    """A section: immutable, no unknown keys, no silent conversion of strings to numbers."""
+    """A section: immutable, no unknown keys, no silent conversion of strings to numbers, finite numbers only."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -176,6 +177,11 @@ class MethodConfig(Section):
     )
     bases: bool = Field(False, description="Also train the singular vectors of sam_parser.")
     lr_singular: float = Field(5e-3, gt=0, description="Learning rate of the singular values of sam_parser.")
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        return plain_name(name)
 
 
 class FusionConfig(Section):
@@ -412,6 +418,17 @@ def number_aware(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def plain_name(name: str) -> str:
+    """The name of a method, or of several joined by ``+``, without spaces around its parts.
+
+    Examples
+    --------
+    >>> plain_name(" lora + sam_parser")
+    'lora+sam_parser'
+    """
+    return "+".join(part.strip() for part in name.split("+"))
 
 
 def _explain(error: dict[str, Any]) -> str:

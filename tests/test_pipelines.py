@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -15,7 +16,7 @@ from medsam_lora.config import load_config
 from medsam_lora.errors import ConfigError, ManifestError
 from medsam_lora.io.tables import CHALLENGE_COLUMNS, PER_CASE_COLUMNS, SUMMARY_COLUMNS
 from medsam_lora.peft import METHODS
-from medsam_lora.stages.pipeline import load_pipeline, parse_pipeline
+from medsam_lora.stages.pipeline import check_methods, load_pipeline, parse_pipeline
 from medsam_lora.stages.run import run, run_file
 from medsam_lora.stages.sweep import sweep_file
 from medsam_lora.stages.sweep_file import grid_points, load_sweep
@@ -112,6 +113,78 @@ def test_an_entry_may_change_whole_sections_and_labels_must_differ() -> None:
     assert [m.config.train.lr for m in pipeline.methods] == [1e-3, 1e-5]
     with pytest.raises(ConfigError, match="two methods are called 'lora'"):
         parse_pipeline({**TINY, "methods": [{"name": "lora"}, {"name": "lora", "rank": 2}]})
+
+
+@pytest.mark.parametrize("label", ["", ".", "..", "a/b", "../../escaped", "/tmp/a", "a\\b", "lora\n", ".hidden"])
+def test_a_label_is_the_plain_name_of_a_folder(label: str) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be the name of its folder") as caught:
+        parse_pipeline({**TINY, "methods": [{"name": "lora", "label": label}]}, path=Path("p.yaml"))
+    assert caught.value.path == Path("p.yaml") and "letters, digits" in (caught.value.remedy or "")
+
+
+def test_a_label_may_have_a_plus_and_not_the_name_of_the_floor() -> None:
+    entries = [{"name": "lora", "label": "lora+x"}, {"name": "sam_parser + lora"}]
+    assert [m.label for m in parse_pipeline({**TINY, "methods": entries}).methods] == ["lora+x", "sam_parser+lora"]
+    with pytest.raises(ConfigError, match="'filled_box', as the floor"):
+        parse_pipeline({**TINY, "methods": [{"name": "lora", "label": "filled_box"}]}, path=Path("p.yaml"))
+
+
+def test_a_method_is_chosen_however_its_name_is_spaced() -> None:
+    data = {**TINY, "methods": [{"name": "sam_parser + lora", "rank": 3}, {"name": "lora"}]}
+    (method,) = parse_pipeline(data, ["method.name=sam_parser+lora"]).methods
+    assert (method.label, method.config.method.rank) == ("sam_parser+lora", 3)
+
+
+UNUSABLE = [
+    ({"name": "lora+full"}, "lora and full cannot be combined"),
+    ({"name": "lora", "dora": True, "init": "pissa"}, "exclude each other"),
+    ({"name": "lora", "init": "pissa", "rank": 500}, "192 singular values"),
+    ({"name": "lora", "blocks": [77]}, r"names \[77\]"),
+    ({"name": "sd_trans", "depth": 2}, r"method\.depth is 2"),
+    ({"name": "sam_parser", "layers": ["neck", "neck"]}, "names a layer twice"),
+    ({"name": "lora", "model": {"image_size": 100}}, "multiple of 16"),
+    ({"name": "lora", "model": {"grid": "unpadded", "attention": "reference"}}, r"model\.attention=reference"),
+]
+
+
+@pytest.mark.parametrize(("entry", "words"), UNUSABLE)
+def test_a_method_that_does_not_suit_its_model_is_refused_before_any_work(
+    entry: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "methods": [{"name": "zero_shot"}, {**entry, "label": "odd"}]}))
+    with pytest.raises(ConfigError, match=f"method odd: .*{words}") as caught:
+        run_file(path, [], tmp_path / "out", device="cpu")
+    assert caught.value.path == path and caught.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_pipeline_of_the_package_can_be_attached() -> None:
+    for path in PIPELINES:
+        check_methods(load_pipeline(path).methods, path)
+
+
+@pytest.mark.parametrize(("share", "split"), [("test", "test"), ("train", "train")])
+def test_a_split_without_cases_is_refused_before_any_training(
+    finished: Path, tmp_path: Path, share: str, split: str
+) -> None:
+    shares = {"train": 0.5, "val": 0.5, "test": 0.5, share: 0.0}
+    data = {**TINY, "phantom": None, "root": str(finished / "cohort"), "split": {**shares, "seed": 0}}
+    with pytest.raises(ManifestError, match=f"in the split {split}, so there is nothing to"):
+        run(parse_pipeline(data), tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out" / "prepared").exists() and not (tmp_path / "out" / "runs").exists()
+
+
+@pytest.mark.parametrize("folds", [None, 2])
+def test_what_is_fitted_needs_validation_cases_before_any_training(
+    finished: Path, tmp_path: Path, folds: int | None
+) -> None:
+    methods = [{"name": "decoder_only"}, {"name": "lora", "train": {"postprocess": "fitted"}}]
+    split = {"train": 0.7, "val": 0.0, "test": 0.3, "seed": 0}
+    data = {**TINY, "phantom": None, "root": str(finished / "cohort"), "split": split, "folds": folds}
+    with pytest.raises(ManifestError, match=r"fitted \(of lora\) needs validation cases"):
+        run(parse_pipeline({**data, "methods": methods}), tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out" / "prepared").exists()
 
 
 def test_what_methods_must_share_is_not_set_for_one_of_them() -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from medsam_lora.config import Config, Section, apply_overrides, build_config, load_yaml, nearest
-from medsam_lora.errors import ConfigError
+from medsam_lora.config import Config, Section, apply_overrides, build_config, load_yaml, nearest, plain_name
+from medsam_lora.errors import ConfigError, MedsamLoraError
 from medsam_lora.stages.case_boxes import check_prompts
+from medsam_lora.stages.scoring import FLOOR
 
 Stage = Literal["verify", "prepare", "train", "predict", "evaluate", "compare", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+
+# A label is the name of a folder: what is no plain name would lie elsewhere.
+_LABEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 class PhantomSection(Section):
@@ -111,11 +117,12 @@ class Method:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A checked pipeline."""
+    """A checked pipeline; `path` is its file, where it has one."""
 
     settings: PipelineSection
     methods: tuple[Method, ...]
     base: Config
+    path: Path | None = None
 
 
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
@@ -131,7 +138,8 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     Raises
     ------
     ConfigError
-        Where a key is unknown or ill-typed, two methods have the same label, or methods are not to be scored alike.
+        Where a key is unknown or ill-typed, a label cannot name a folder or is given twice, or methods are not to be
+        scored alike.
     """
     return parse_pipeline(load_yaml(path), overrides, path)
 
@@ -157,7 +165,61 @@ def parse_pipeline(data: Mapping[str, Any], overrides: Sequence[str] = (), path:
         raise ConfigError(f"two methods are called {twice[0]!r}", path=path, remedy="Give one of them another `label`.")
     base = build_config(apply_overrides(base_data, shared), path)
     _refuse_scores_apart(methods, base, path)
-    return Pipeline(settings, tuple(methods), base)
+    return Pipeline(settings, tuple(methods), base, path)
+
+
+def check_methods(methods: Sequence[Method], path: Path | None, kind: str = "method") -> None:
+    """Refuse settings that a method cannot be used with: each is attached to a model without numbers, in no time.
+
+    Parameters
+    ----------
+    methods : sequence of Method
+    path : Path or None
+        Of the file that they are of.
+    kind : str
+        What has the labels: ``method``, or ``point`` of a sweep.
+
+    Raises
+    ------
+    ConfigError
+        With the label of the first that cannot be used.
+    """
+    # What reads a pipeline needs no torch.
+    import torch
+
+    from medsam_lora.models.sam import SamModel, blank, check_attention
+    from medsam_lora.peft import attach
+
+    models: dict[tuple[str, int | None], SamModel] = {}
+    known = set()
+    for method in methods:
+        model, adaptation = method.config.model, method.config.method
+        prompts = method.config.predict.prompts
+        settings = model.name, model.image_size, model.grid, model.attention, adaptation.model_dump_json(), prompts
+        if settings in known:
+            continue
+        try:
+            check_prompts(prompts, adaptation.name)
+            check_attention(model.name, model.grid, model.attention)
+            size = model.name, model.image_size
+            if size not in models:
+                with torch.device("meta"):
+                    models[size] = blank(*size)
+            attach(models[size], adaptation, 0).detach()
+        except MedsamLoraError as error:
+            raise ConfigError(f"{kind} {method.label}: {error.message}", path=path, remedy=error.remedy) from error
+        known.add(settings)
+
+
+@contextmanager
+def of_file(path: Path | None) -> Iterator[None]:
+    """Within it, a fault of the settings that names no file names this one."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.path is not None or path is None:
+            raise
+        raise ConfigError(error.message, path=path, remedy=error.remedy) from error
 
 
 def _refuse_scores_apart(methods: Sequence[Method], base: Config, path: Path | None) -> None:
@@ -195,7 +257,8 @@ def _entries(settings: PipelineSection, overrides: Sequence[str]) -> list[dict[s
     chosen = apply_overrides({}, [t for t in overrides if t.startswith("method.name=")]).get("method", {}).get("name")
     if chosen is None:
         return settings.methods
-    return [e for e in settings.methods if e.get("name") == chosen] or [{"name": chosen}]
+    named = [e for e in settings.methods if plain_name(str(e.get("name"))) == plain_name(str(chosen))]
+    return named or [{"name": chosen}]
 
 
 def _method(base: Mapping[str, Any], entry: Mapping[str, Any], overrides: Sequence[str], path: Path | None) -> Method:
@@ -206,5 +269,23 @@ def _method(base: Mapping[str, Any], entry: Mapping[str, Any], overrides: Sequen
             data[section] = {**data.get(section, {}), **changes}
     data["method"] = {**data.get("method", {}), **options}
     config = build_config(apply_overrides(data, overrides), path)
-    check_prompts(config.predict.prompts, config.method.name)
-    return Method(str(entry.get("label", config.method.name)), config)
+    with of_file(path):
+        check_prompts(config.predict.prompts, config.method.name)
+    return Method(_label(entry, config, path), config)
+
+
+def _label(entry: Mapping[str, Any], config: Config, path: Path | None) -> str:
+    label = str(entry.get("label", config.method.name))
+    if not _LABEL.fullmatch(label):
+        raise ConfigError(
+            f"the label {label!r} of a method cannot be the name of its folder",
+            path=path,
+            remedy="Use letters, digits and ._+- only, a letter or digit first.",
+        )
+    if label == FLOOR:
+        raise ConfigError(
+            f"a method is called {label!r}, as the floor that is scored beside all methods is",
+            path=path,
+            remedy="Give it another `label`.",
+        )
+    return label

@@ -7,7 +7,7 @@ run, in seconds, on any machine, and without the card.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ ASSUMED_CROP = 150, 200
 
 USABLE = {"cpu": 0.5, "cuda": 0.9}
 """Share of a memory that a step's tensors may fill. On the CPU the gaps that short-lived tensors leave between those
-that are kept are not used again: resident memory grows by 1.3 to 1.9 times the bytes of the tensors (glibc)."""
+that are kept are not used again: resident memory grows by 1.3 to 2.0 times the bytes of the tensors (glibc)."""
 
 _FLOAT = 4
 _ADAM_COPIES = 2  # its two moments, for each trainable parameter
@@ -64,38 +64,69 @@ def plan(config: Config, *, device: str = "cpu", memory_gib: float | None = None
         train.checkpointing,
         device,
     )
-    one, two = dry(step), dry(replace(step, images=2))
     n_modalities = len(config.data.modalities)
     # Each process has the model, and its share of a batch; on the CPU they share the memory.
     images = math.ceil(train.batch_size / train.processes) * n_modalities
-    fixed = _FLOAT * (one.parameters + _ADAM_COPIES * one.trainable)
-
-    def peak(n: int) -> int:
-        return fixed + _at(one.peak_bytes, two.peak_bytes, n)
-
+    found = dry(replace(step, images=images))
     largest = None
     if memory_gib is not None:
         room = USABLE[device] * memory_gib * 1024 * MIB / (train.processes if device == "cpu" else 1)
-        per_slice = peak(1 + n_modalities) - peak(1)
-        first = peak(n_modalities)
-        largest = 0 if first > room else train.processes * (1 + int((room - first) // max(1, per_slice)))
+        largest = train.processes * largest_within(
+            int(room), lambda slices: _peak(dry(replace(step, images=slices * n_modalities)))
+        )
     return {
         "settings": _settings(config),
         "device": device,
         "amp": amp,
-        "parameters": one.parameters,
-        "trainable": one.trainable,
+        "parameters": found.parameters,
+        "trainable": found.trainable,
         "images_per_step": images,
         "processes": train.processes,
         "crop": list(crop),
         "crop_assumed": config.crop.name == "brain_box" and config.crop.size is None,
         "frame": list(step.frame),
-        "saved_mib": round(_at(one.saved_bytes, two.saved_bytes, images) / MIB),
-        "peak_mib": round(peak(images) / MIB),
+        "saved_mib": round(found.saved_bytes / MIB),
+        "peak_mib": round(_peak(found) / MIB),
         "largest_batch": largest,
         "memory_gib": memory_gib,
-        "tflop_per_step": None if device == "cuda" else round(images * _flops(one) / 1e12, 3),
+        "tflop_per_step": None if device == "cuda" else round((found.forward_flops + found.backward_flops) / 1e12, 3),
     }
+
+
+def largest_within(room: int, peak: Callable[[int], int]) -> int:
+    """The largest number whose `peak` is within `room`, 0 where there is none.
+
+    Parameters
+    ----------
+    room : int
+    peak : callable
+        Bytes for 1, 2, ... slices: the largest of several moments of a step, each of which grows linearly, some from
+        more and some faster. So what two numbers promise for a third is never too little, and must be looked up.
+
+    Examples
+    --------
+    >>> largest_within(1000, lambda n: max(100 + 10 * n, 30 * n))
+    33
+    """
+    fits, at_fits = 1, peak(1)
+    if at_fits > room:
+        return 0
+    slope = max(1, peak(2) - at_fits)
+    # Where the line through the first two leaves the room: too many, or the very first that are.
+    over = fits + (room - at_fits) // slope + 1
+    at_over = peak(over)
+    while at_over <= room:  # the line was not met to the byte
+        fits, at_fits, over = over, at_over, 2 * over
+        at_over = peak(over)
+    while over - fits > 1:
+        guess = fits + (room - at_fits) * (over - fits) // (at_over - at_fits)
+        guess = min(max(guess, fits + 1), over - 1)
+        at_guess = peak(guess)
+        if at_guess <= room:
+            fits, at_fits = guess, at_guess
+        else:
+            over, at_over = guess, at_guess
+    return fits
 
 
 def as_text(info: Mapping[str, Any]) -> str:
@@ -140,10 +171,5 @@ def _settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _at(one: int, two: int, images: int) -> int:
-    """Bytes for any number of images, which they grow linearly with: autocast's copies of weights are there once."""
-    return one + (images - 1) * (two - one)
-
-
-def _flops(found: Footprint) -> int:
-    return found.forward_flops + found.backward_flops
+def _peak(found: Footprint) -> int:
+    return found.peak_bytes + _FLOAT * (found.parameters + _ADAM_COPIES * found.trainable)

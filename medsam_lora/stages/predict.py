@@ -159,7 +159,12 @@ def predict(
     folder = out.parent / CACHE_FOLDER if cache is None else cache
     fixed = sha256_of(adapter) if config.predict.keep_embeddings else ""
     room = int(config.train.cache_gib * 2**30)
-    segmenter.use_cache(folder, room, config.predict.amp, fixed=fixed, writers=sharers)
+    cached = segmenter.use_cache(folder, room, config.predict.amp, fixed=fixed, writers=sharers)
+    if fixed and not cached:
+        logger.warning(
+            "predict.keep_embeddings keeps nothing: %s",
+            "train.cache_gib gives it no room" if room <= 0 else "the method looks at stacks of slices",
+        )
     options = PredictOptions(config.predict.batch_size, config.predict.amp, config.predict.threshold)
     task = task_of(
         segmenter,

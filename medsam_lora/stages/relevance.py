@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from medsam_lora.config import Config
+from medsam_lora.config import Config, MethodConfig
 from medsam_lora.errors import ConfigError, nearest
-from medsam_lora.peft import LOW_RANK_OPTIONS, method_spec
+from medsam_lora.peft import LOW_RANK_OPTIONS, METHODS, method_spec
 
 # What prediction needs of the settings of training.
 _WITHOUT_TRAINING = ("train.regions", "train.postprocess")
 
-DECIDING = ("method.name", "method.decoder", "fusion.name")
+DECIDING = ("method.name", "method.decoder", "method.scaling", "method.layers")
 """The keys on which it depends what else `reads` finds to be read."""
 
 
@@ -53,15 +53,24 @@ def reads(config: Config, key: str) -> bool:
     [True, True, True, False, False, True]
     """
     section, _, name = key.partition(".")
-    method = config.method
-    parts = [part.strip() for part in method.name.split("+")]
     if section == "method":
-        if name == "name":
-            return True
-        if name in LOW_RANK_OPTIONS and "lora" not in parts and method.decoder != "lora":
-            return False
-        return name in method_spec(method.name).options
-    # A learned fusion is trained whatever the method.
-    if parts == ["zero_shot"] and config.fusion.name != "learned":
+        return name == "name" or _reads_option(config.method, name)
+    # Nothing is trained, not even a learned fusion: `assemble.build_segmenter` freezes it.
+    if config.method.name == "zero_shot":
         return (section not in ("train", "slicing") and key != "prompt.jitter_px") or key in _WITHOUT_TRAINING
+    return True
+
+
+def _reads_option(method: MethodConfig, name: str) -> bool:
+    if name not in method_spec(method.name).options:
+        return False
+    parts = method.name.split("+")
+    if name in LOW_RANK_OPTIONS:
+        scaled = name != "alpha" or method.scaling != "none"
+        return scaled and ("lora" in parts or method.decoder == "lora")
+    if name == "blocks":
+        # The neck and the patch embedding, which sam_parser decomposes, are in no block.
+        return any(
+            name in METHODS[part].options and (part != "sam_parser" or "linears" in method.layers) for part in parts
+        )
     return True

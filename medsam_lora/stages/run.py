@@ -15,12 +15,12 @@ from medsam_lora.io.manifest import read_manifest, write_manifest
 from medsam_lora.io.tables import FINDING_COLUMNS, write_table
 from medsam_lora.stages.cohort import choose_cases, find_cohort
 from medsam_lora.stages.method_runs import store_for, train_and_predict, with_pretrained_weights
-from medsam_lora.stages.pipeline import STAGES, Pipeline, load_pipeline
+from medsam_lora.stages.pipeline import STAGES, Pipeline, check_methods, load_pipeline
 from medsam_lora.stages.record import run_record, write_json
 from medsam_lora.stages.scoring import FLOOR
 from medsam_lora.stages.side_by_side import check_jobs, side_by_side
 from medsam_lora.stages.summary import write_summary
-from medsam_lora.stages.workplace import Workplace, timed
+from medsam_lora.stages.workplace import Workplace, check_cases, timed
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +85,19 @@ def run(
     if start is not None and start not in STAGES:
         raise ManifestError(f"unknown stage {start!r}", remedy=f"--from takes one of {', '.join(STAGES)}.")
     check_jobs(pipeline.methods, device, jobs)
+    if {"train", "predict"} & set(pipeline.settings.stages):
+        check_methods(pipeline.methods, pipeline.path)
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     place = Workplace(out, pipeline, find_cohort(pipeline, out, workers), device, workers, start)
     pipeline = place.pipeline = with_pretrained_weights(place)
     with timed(place, "verify"):
         choose_cases(place)
+    check_cases(place)
     with timed(place, "prepare"):
         stores = _prepare(place)
+    # Cases that could not be prepared are left out, which can be all of a split.
+    check_cases(place)
     if place.runs("train") or place.runs("predict"):
         side_by_side(
             place,

@@ -22,7 +22,7 @@ from medsam_lora.io.tables import read_table
 from medsam_lora.stages.pipeline import Method
 from medsam_lora.stages.point_names import text_of
 from medsam_lora.stages.scoring import FLOOR
-from medsam_lora.stages.sweep_file import Point, Sweep, point_of, swept_methods
+from medsam_lora.stages.sweep_file import Point, RangeSection, Sweep, point_of, swept_methods
 from medsam_lora.stages.sweep_points import TRACEBACK_FILE, run_point, write_sweep_table
 from medsam_lora.stages.sweep_table import DONE, FAILED, INCOMPLETE
 from medsam_lora.stages.workplace import Workplace, timed
@@ -172,7 +172,7 @@ class _Course:
                 names[key] = params[key]
                 values[key] = self.sweep.choices[key][params[key]]
             else:
-                values[key] = params[key] if isinstance(params[key], int) else float(f"{params[key]:.{_DIGITS}g}")
+                values[key] = _rounded(params[key], self.sweep.ranges[key])
                 names[key] = text_of(values[key])
         return point_of(self.sweep, self.base, values, names)
 
@@ -200,6 +200,13 @@ class _Course:
         write_bytes_atomically(path, _pipeline_of(self.sweep, point).encode())
         print(f"best on the validation cases: {point.label}, Dice {best.value:.4f} (too high, as it was chosen by it)")
         print(f"on the test cases, once: medsam-lora run {path} --out {self.place.out / 'best'}")
+
+
+def _rounded(number: int | float, numbers: RangeSection) -> int | float:
+    """A number with as many digits as its name shows, still within its range."""
+    if isinstance(number, int):
+        return number
+    return min(max(float(f"{number:.{_DIGITS}g}"), float(numbers.low)), float(numbers.high))
 
 
 def _pipeline_of(sweep: Sweep, point: Point) -> str:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from medsam_lora.errors import ConfigError, ManifestError
-from medsam_lora.io.manifest import read_manifest
+from medsam_lora.errors import ConfigError
 from medsam_lora.io.tables import FINDING_COLUMNS, write_table
 from medsam_lora.stages.cohort import choose_cases, find_cohort
 from medsam_lora.stages.method_runs import store_for, with_pretrained_weights
@@ -18,7 +17,7 @@ from medsam_lora.stages.side_by_side import check_jobs, side_by_side
 from medsam_lora.stages.sweep_file import Point, Sweep, grid_points, load_sweep, swept_methods, with_pipeline
 from medsam_lora.stages.sweep_points import TRACEBACK_FILE, run_point, state_of, write_sweep_table
 from medsam_lora.stages.sweep_table import FAILED, compare_points, printed
-from medsam_lora.stages.workplace import Workplace, timed
+from medsam_lora.stages.workplace import Workplace, check_cases, timed
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ def run_sweep(sweep: Sweep, out: Path, *, device: str = "auto", workers: int = 1
     sweep = with_pipeline(sweep, place.pipeline)
     with timed(place, "verify"):
         choose_cases(place)
-    _check_cases(place)
+    check_cases(place)
     if sweep.settings.study is None:
         points = grid_points(sweep)
         _run_points(place, sweep, points, jobs)
@@ -154,17 +153,6 @@ def _finish(place: Workplace, sweep: Sweep, points: Sequence[Point]) -> int:
         print(f"{len(unique)} faults; the cases concerned are listed in {place.out / 'failures.csv'}")
     print(f"table: {place.out / 'sweep.csv'}")
     return 1 if failed or unique else 0
-
-
-def _check_cases(place: Workplace) -> None:
-    if place.pipeline.settings.folds is not None:
-        return
-    if not any(record.split == place.split for record in read_manifest(place.manifest)):
-        raise ManifestError(
-            f"no case is in the split {place.split}, so there is nothing to score",
-            path=place.manifest,
-            remedy="Give the split a share, or mark cases for it in the manifest.",
-        )
 
 
 def _list_points(sweep: Sweep, out: Path) -> None:

@@ -10,9 +10,18 @@ from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from medsam_lora.config import Config, Section, apply_overrides, build_config, load_yaml, nearest, number_aware
+from medsam_lora.config import (
+    Config,
+    Section,
+    apply_overrides,
+    build_config,
+    load_yaml,
+    nearest,
+    number_aware,
+    plain_name,
+)
 from medsam_lora.errors import ConfigError
-from medsam_lora.stages.pipeline import Method, Pipeline, PipelineSection, parse_pipeline
+from medsam_lora.stages.pipeline import Method, Pipeline, PipelineSection, check_methods, of_file, parse_pipeline
 from medsam_lora.stages.point_names import check_names, key_names, labelled, text_of
 from medsam_lora.stages.relevance import DECIDING, check_key, reads
 
@@ -35,6 +44,10 @@ class RangeSection(Section):
         if self.low >= self.high or (self.log and self.low <= 0):
             raise ValueError("low must be below high, and above 0 with log: true")
         return self
+
+
+# A step is no key of a range here, but whoever writes one means a range.
+_RANGE_KEYS: Final = {*RangeSection.model_fields, "step"}
 
 
 class StudySection(Section):
@@ -67,6 +80,8 @@ class SweepSection(Section):
     @classmethod
     def _values(cls, grid: dict[str, Any] | None) -> dict[str, Any] | None:
         for key, values in (grid or {}).items():
+            if isinstance(values, dict) and {"low", "high"} <= set(values) <= _RANGE_KEYS:
+                raise ValueError(f"{key} has a range, which needs study; a grid takes a list of values")
             if not isinstance(values, list | dict) or not values:
                 raise ValueError(f"{key} needs a list of values, or a mapping of names to values")
         if grid is not None and not grid:
@@ -149,7 +164,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     Raises
     ------
     ConfigError
-        Where a key is unknown or ill-typed, a point's settings are, or a study asks for test cases.
+        Where a key is unknown or ill-typed, a point's settings are or suit no model, or a study asks for test cases.
     """
     data = load_yaml(path)
     own = {key: number_aware(value) for key, value in data.items() if key in SweepSection.model_fields}
@@ -169,7 +184,8 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     study = settings.study
     swept = settings.grid if settings.grid is not None else study.keys if study is not None else {}
     for key in swept:
-        check_key(key)
+        with of_file(path):
+            check_key(key)
         if key.startswith("evaluate."):
             remedy = "Give it once, in the section evaluate; medsam-lora evaluate scores the points in other ways."
             raise ConfigError(f"{key} is swept, but all points are scored alike", path=path, remedy=remedy)
@@ -181,9 +197,11 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         if any(text.partition("=")[0].strip() == key for text in shared):
             raise ConfigError(f"{key} is swept and also set", path=path, remedy=f"Take --set {key}=… away.")
     ranges = {key: _range(key, value, path) for key, value in swept.items() if study is not None and _is_range(value)}
-    choices = {key: labelled(key, value) for key, value in swept.items() if key not in ranges}
-    sweep = Sweep(settings, pipeline, choices, ranges)
-    _check(sweep, path)
+    with of_file(path):
+        choices = {key: labelled(key, _plain(key, value)) for key, value in swept.items() if key not in ranges}
+        sweep = Sweep(settings, pipeline, choices, ranges)
+        points = _checked(sweep, path)
+    check_methods([point.method for point in points], path, "point")
     return sweep
 
 
@@ -269,6 +287,13 @@ def _over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+def _plain(key: str, values: Any) -> Any:
+    """The values of a key, methods by the names that points get from them."""
+    if key != "method.name" or not isinstance(values, list):
+        return values
+    return [plain_name(value) if isinstance(value, str) else value for value in values]
+
+
 def _is_range(value: Any) -> bool:
     return isinstance(value, Mapping) and bool({"low", "high"} & set(value))
 
@@ -305,7 +330,8 @@ def _unread(sweep: Sweep) -> list[str]:
     return [key for key in sweep.keys if not any(reads(config, key) for config in configs)]
 
 
-def _check(sweep: Sweep, path: Path) -> None:
+def _checked(sweep: Sweep, path: Path) -> list[Point]:
+    """The points of a grid; of a study those that stand for all, of every value beside the settings of the file."""
     swept = swept_methods(sweep)
     if "method.name" in sweep.keys and len(sweep.pipeline.methods) > 1:
         remedy = "Give one entry under methods; zero_shot can be one of the values."
@@ -318,15 +344,15 @@ def _check(sweep: Sweep, path: Path) -> None:
         remedy = "Take folds away, or score test (of a grid)."
         raise ConfigError("folds have no validation cases to score", path=path, remedy=remedy)
     if sweep.settings.study is None:
-        grid_points(sweep)
-        return
+        return grid_points(sweep)
     if len(swept) != 1:
         remedy = "Leave one; zero_shot may stay beside it."
         raise ConfigError("a study tunes one method, and there are several", path=path, remedy=remedy)
     # What is at the ends of a range, and every value of a list, has to be usable; what lies between is alike.
+    points = [Point(method, {}) for method in sweep.pipeline.methods if method not in swept]
     for key, choices in sweep.choices.items():
-        for name, value in choices.items():
-            point_of(sweep, swept[0], {key: value}, {key: name})
+        points += [point_of(sweep, swept[0], {key: value}, {key: name}) for name, value in choices.items()]
     for key, numbers in sweep.ranges.items():
-        for value in (numbers.low, numbers.high):
-            point_of(sweep, swept[0], {key: value}, {key: text_of(value)})
+        ends = numbers.low, numbers.high
+        points += [point_of(sweep, swept[0], {key: value}, {key: text_of(value)}) for value in ends]
+    return points

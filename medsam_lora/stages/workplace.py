@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medsam_lora.errors import ManifestError
+from medsam_lora.io.manifest import read_manifest
 from medsam_lora.records import Finding
 from medsam_lora.stages.pipeline import STAGES, Method, Pipeline
 
@@ -59,6 +61,42 @@ class Workplace:
         """Folder of one method on one fold."""
         folder = self.out / "runs" / method.label
         return folder / fold if fold else folder
+
+
+def check_cases(place: Workplace) -> None:
+    """Refuse a manifest without cases to train on, to fit on or to score, before the work that would come to nothing.
+
+    Folds have the first and the last.
+
+    Raises
+    ------
+    ManifestError
+    """
+    folds = place.pipeline.settings.folds is not None
+    records = [] if folds else read_manifest(place.manifest)
+    fitted = [m.label for m in place.pipeline.methods if m.config.train.postprocess == "fitted"]
+    if place.runs("train") and fitted and not any(record.split == "val" for record in records):
+        raise ManifestError(
+            f"train.postprocess=fitted (of {', '.join(fitted)}) needs validation cases, and there are none",
+            path=place.manifest,
+            remedy=("Folds have none: take pipeline.folds away" if folds else "Put cases into the split val")
+            + ", or set train.postprocess to none.",
+        )
+    if folds:
+        return
+    if place.runs("train") and not any(record.split == "train" and "seg" in record.files for record in records):
+        raise ManifestError(
+            "no case with a reference is in the split train, so there is nothing to train on",
+            path=place.manifest,
+            remedy="Give the split a share, or mark cases for it in the manifest.",
+        )
+    scores = place.runs("predict") or place.runs("evaluate")
+    if scores and not any(record.split == place.split for record in records):
+        raise ManifestError(
+            f"no case is in the split {place.split}, so there is nothing to score",
+            path=place.manifest,
+            remedy="Give the split a share, or mark cases for it in the manifest.",
+        )
 
 
 class timed:

@@ -12,12 +12,14 @@ import yaml
 from PIL import Image
 
 from medsam_lora import cli
+from medsam_lora.config import FusionConfig, MethodConfig, ModelConfig
 from medsam_lora.errors import ConfigError, DataError
+from medsam_lora.models.assemble import build_segmenter, choose_device
 from medsam_lora.records import Finding
-from medsam_lora.stages import sweep_points
+from medsam_lora.stages import study, sweep_points
 from medsam_lora.stages.pipeline import load_pipeline
 from medsam_lora.stages.sweep import sweep_file
-from medsam_lora.stages.sweep_file import grid_points, load_sweep
+from medsam_lora.stages.sweep_file import RangeSection, grid_points, load_sweep
 
 BASE: dict[str, Any] = {
     "name": "tiny",
@@ -29,7 +31,8 @@ BASE: dict[str, Any] = {
     "train": {"epochs": 1, "slices_per_epoch": 4, "batch_size": 2, "lr": 1e-3},
     "evaluate": {"bootstrap": 100},
 }
-GRID = {"method.rank": [2, 4], "method.blocks": {"all": None, "wrong": [99]}}
+# At such a rate the loss is no number in the second step, which nothing can tell before.
+GRID = {"method.rank": [2, 4], "train.lr": {"mild": 1e-3, "wrong": 1e30}}
 
 
 def write(path: Path, **keys: Any) -> Path:
@@ -74,15 +77,48 @@ def test_methods_take_the_keys_that_they_read(tmp_path: Path) -> None:
 
 
 def test_a_key_may_be_read_at_some_points_only(tmp_path: Path) -> None:
-    """The rank says something of a decoder with low-rank branches, the learning rate of a fusion that is learned."""
+    """The rank says something of a decoder with low-rank branches, blocks of what is decomposed in them."""
     grid = {"method.decoder": ["full", "lora"], "method.rank": [2, 4]}
     path = write(tmp_path / "s.yaml", methods=[{"name": "adapter"}], grid=grid)
     assert labels(path) == ["decoder=full", "decoder=lora,rank=2", "decoder=lora,rank=4"]
-    grid = {"fusion.name": ["mean_logit", "learned"], "train.lr": [0.1, 0.2]}
-    path = write(tmp_path / "f.yaml", methods=[{"name": "zero_shot"}], grid=grid)
-    assert labels(path) == ["fusion=mean_logit", "fusion=learned,lr=0.1", "fusion=learned,lr=0.2"]
+    layers = {"neck": ["neck"], "both": ["neck", "linears"]}
+    grid = {"method.layers": layers, "method.blocks": [[0], [1]]}
+    path = write(tmp_path / "p.yaml", methods=[{"name": "sam_parser"}], grid=grid)
+    assert labels(path) == ["layers=neck", "layers=both,blocks=0", "layers=both,blocks=1"]
+    path = write(tmp_path / "b.yaml", methods=[{"name": "sam_parser+lora"}], grid={"method.blocks": [[0], [1]]})
+    assert labels(path) == ["blocks=0", "blocks=1"]
+    grid = {"method.scaling": {"alpha": "alpha/r", "none": "none"}, "method.alpha": [4.0, 8.0]}
+    path = write(tmp_path / "a.yaml", methods=[{"name": "lora"}], grid=grid)
+    assert labels(path) == ["scaling=alpha,alpha=4.0", "scaling=alpha,alpha=8.0", "scaling=none"]
     keys = {"method.decoder": ["full", "lora"], "method.rank": {"low": 2, "high": 8}}
     assert load_sweep(write(tmp_path / "t.yaml", methods=[{"name": "adapter"}], study={"keys": keys})).keys == (*keys,)
+
+
+def test_a_learned_fusion_of_zero_shot_is_not_trained_and_has_no_seed(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.yaml", fusion={"name": "learned"}, grid={"train.seed": [0, 1]})
+    assert labels(path) == ["zero_shot", "seed=0", "seed=1"]
+    segmenter = build_segmenter(
+        *(ModelConfig(name="vit_nano", weights="random", image_size=64), MethodConfig(name="zero_shot")),
+        *(FusionConfig(name="learned"), ["t1c", "t2f"], ["WT"], 0, choose_device("cpu")),
+    )
+    assert segmenter.trainable_groups() == {}
+
+
+def test_methods_that_are_swept_are_called_by_their_plain_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "n.yaml", methods=[{"name": "lora"}], grid={"method.name": ["sam_parser + lora", " lora"]})
+    assert labels(path) == ["method=sam_parser+lora", "method=lora"]
+
+
+def test_labels_of_values_may_be_called_low_and_high(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.yaml", grid={"method.rank": {"low": 2, "middle": 4, "high": 8}})
+    assert labels(path) == ["zero_shot", "rank=low", "rank=middle", "rank=high"]
+
+
+def test_rounding_does_not_leave_a_range() -> None:
+    narrow = RangeSection(low=0.9991, high=0.99951)
+    assert [study._rounded(x, narrow) for x in (0.9991, 0.99921, 0.9995)] == [0.9991, 0.9991, 0.99951]
+    assert [study._rounded(x, RangeSection(low=0, high=0.5)) for x in (0.0, 0.12345)] == [0.0, 0.123]
+    assert study._rounded(1234, RangeSection(low=1, high=2000)) == 1234
 
 
 def test_a_sweep_can_name_its_pipeline(tmp_path: Path) -> None:
@@ -125,11 +161,30 @@ def test_a_sweep_can_name_its_pipeline(tmp_path: Path) -> None:
         ({"study": {"keys": {"train.lr": {"low": 0.0001, "high": -1, "log": True}}}}, "low must be below high"),
         ({"study": {"keys": {"method.rank": {"low": 0, "high": 8}}}}, r"point method\.rank=0"),
         ({"grid": {"method.name": ["lora", "full"]}}, "there are several methods"),
+        ({"grid": {"method.rank": {"low": 2, "high": 8}}}, r"method\.rank has a range, which needs study"),
+        ({"grid": {"train.lr": {"low": 1e-5, "high": 1e-3, "log": True}}}, r"train\.lr has a range, which needs study"),
+        ({"grid": {"method.rank": {"a/b": 2}}}, "has a character that folders do not take"),
+        ({"grid": {"method.alpha": [1.0, float("inf")]}}, r"point method\.alpha=inf: .*finite"),
+        ({"study": {"keys": {"train.lr": {"low": 1e-5, "high": float("inf")}}}}, r"study\.keys\.train\.lr: .*finite"),
+        ({"grid": {"method.blocks": [[0], [77]]}}, r"point blocks=77: method\.blocks names \[77\]"),
+        ({"grid": {"method.dora": [False, True], "method.init": ["kaiming", "pissa"]}}, "point dora=true,init=pissa: "),
+        ({"methods": [{"name": "lora"}], "grid": {"method.name": ["full", "lora+full"]}}, r"point method=lora\+full: "),
+        ({"study": {"keys": {"method.blocks": [[0], [77]]}}}, r"point blocks=77: method\.blocks names \[77\]"),
+        ({"methods": [{"name": "sd_trans"}], "grid": {"method.depth": [1, 2]}}, r"point depth=2: method\.depth is 2"),
+        (
+            {
+                "methods": [{"name": "prompt_tokens"}],
+                "predict": {"prompts": "none"},
+                "grid": {"method.name": ["prompt_tokens", "lora"]},
+            },
+            "point method=lora: predict.prompts is none",
+        ),
     ],
 )
 def test_bad_files_are_refused_whole(tmp_path: Path, keys: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=words) as caught:
         load_sweep(write(tmp_path / "s.yaml", **keys))
+    assert caught.value.path == tmp_path / "s.yaml"
 
 
 def test_a_key_cannot_be_swept_and_set(tmp_path: Path) -> None:
@@ -143,7 +198,7 @@ def test_a_dry_run_lists_the_points_and_does_nothing(tmp_path: Path, capsys: pyt
         cli.main(["sweep", str(path), "--dry-run", "--out", str(tmp_path / "out")])
     lines = capsys.readouterr().out.splitlines()
     assert (stop.value.code or 0) == 0 and not (tmp_path / "out").exists()
-    assert lines[1].split() == ["pending", "rank=2,blocks=all"] and lines[-1].startswith(
+    assert lines[1].split() == ["pending", "rank=2,lr=mild"] and lines[-1].startswith(
         "5 points, scored on the split test"
     )
 
@@ -166,31 +221,31 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with pytest.raises(KeyboardInterrupt):
             sweep_file(path, [], out, device="cpu")
     assert [r["status"] for r in read(out / "sweep.csv")] == ["done", "done", "failed", "pending", "pending"]
-    first = (out / "runs" / "rank=2,blocks=all" / "adapter.safetensors").stat().st_mtime_ns
+    first = (out / "runs" / "rank=2,lr=mild" / "adapter.safetensors").stat().st_mtime_ns
     # Two at a time, so that points side by side are seen here too.
     assert sweep_file(path, [], out, device="cpu", jobs=2) == 1
-    assert (out / "runs" / "rank=2,blocks=all" / "adapter.safetensors").stat().st_mtime_ns == first
+    assert (out / "runs" / "rank=2,lr=mild" / "adapter.safetensors").stat().st_mtime_ns == first
     return out
 
 
 def test_a_failing_point_is_recorded_and_the_others_go_on(finished: Path) -> None:
     rows = {r["point"]: r for r in read(finished / "sweep.csv")}
     assert {name: row["status"] for name, row in rows.items()} == {
-        "zero_shot": "done", "rank=2,blocks=all": "done", "rank=2,blocks=wrong": "failed",
-        "rank=4,blocks=all": "done", "rank=4,blocks=wrong": "failed",
+        "zero_shot": "done", "rank=2,lr=mild": "done", "rank=2,lr=wrong": "failed",
+        "rank=4,lr=mild": "done", "rank=4,lr=wrong": "failed",
     }  # fmt: skip
-    assert "blocks" in rows["rank=4,blocks=wrong"]["error"] and rows["rank=4,blocks=wrong"]["WT_dice_mean"] == ""
-    assert "Traceback" in (finished / "runs" / "rank=4,blocks=wrong" / "error.txt").read_text()
+    assert "the loss is" in rows["rank=4,lr=wrong"]["error"] and rows["rank=4,lr=wrong"]["WT_dice_mean"] == ""
+    assert "Traceback" in (finished / "runs" / "rank=4,lr=wrong" / "error.txt").read_text()
 
 
 def test_the_table_has_keys_scores_and_costs(finished: Path) -> None:
     rows = read(finished / "sweep.csv")
     assert list(rows[0]) == [
-        *("point", "method.rank", "method.blocks", "split", "n_cases", "WT_dice_mean", "WT_dice_low", "WT_dice_high"),
+        *("point", "method.rank", "train.lr", "split", "n_cases", "WT_dice_mean", "WT_dice_low", "WT_dice_high"),
         *("trainable_parameters", "peak_memory_mib", "train_seconds", "seconds_per_step", "status", "error"),
     ]
     two, four = rows[1], rows[3]
-    assert (two["method.rank"], two["method.blocks"], two["split"]) == ("2", "all", "test")
+    assert (two["method.rank"], two["train.lr"], two["split"]) == ("2", "mild", "test")
     cases = [r for r in read(finished / "runs" / two["point"] / "per_case.csv") if r["method"] != "filled_box"]
     assert int(two["n_cases"]) == len(cases)
     assert float(two["WT_dice_mean"]) == pytest.approx(sum(float(c["dice"]) for c in cases) / len(cases))
@@ -205,7 +260,7 @@ def test_the_table_has_keys_scores_and_costs(finished: Path) -> None:
 
 def test_points_share_what_was_prepared_and_are_ordinary_runs(finished: Path) -> None:
     assert len(list((finished / "prepared").glob("*/plan.json"))) == 1
-    folder = finished / "runs" / "rank=4,blocks=all"
+    folder = finished / "runs" / "rank=4,lr=mild"
     assert {"adapter.safetensors", "config.yaml", "log.csv", "run.json", "predictions", "per_case.csv"} <= {
         path.name for path in folder.iterdir()
     }
@@ -224,7 +279,7 @@ def test_the_figure_comes_from_the_comparison(finished: Path) -> None:
         assert words in text
     assert (finished / "comparison" / "sweep.svg").read_text() == text
     runs = {r["method"]: r for r in read(finished / "comparison" / "runs.csv")}
-    assert {"zero_shot", "rank=2,blocks=all", "rank=4,blocks=all", "filled_box"} == set(runs)
+    assert {"zero_shot", "rank=2,lr=mild", "rank=4,lr=mild", "filled_box"} == set(runs)
 
 
 def test_other_settings_run_a_point_anew_and_equal_ones_do_not(
@@ -235,9 +290,9 @@ def test_other_settings_run_a_point_anew_and_equal_ones_do_not(
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]] == [
         *("done", "done", "failed", "done", "failed")
     ]
-    watched = [finished / "runs" / p / "point.json" for p in ("zero_shot", "rank=2,blocks=all", "rank=4,blocks=all")]
+    watched = [finished / "runs" / p / "point.json" for p in ("zero_shot", "rank=2,lr=mild", "rank=4,lr=mild")]
     before = [file.stat().st_mtime_ns for file in watched]
-    small = write(finished.parent / "t.yaml", grid={"method.rank": [2, 4], "method.blocks": {"all": None}})
+    small = write(finished.parent / "t.yaml", grid={"method.rank": [2, 4], "train.lr": {"mild": 1e-3}})
     assert sweep_file(small, [], finished, device="cpu") == 0
     assert [file.stat().st_mtime_ns for file in watched] == before
     assert [r["status"] for r in read(finished / "sweep.csv")] == ["done"] * 3

@@ -128,6 +128,9 @@ def test_an_unknown_key_names_the_nearest_known_one(setting, message):
         "method.targets=[query]",
         "prompt.jitter_px=21",
         "slicing.empty_share=1",
+        "method.alpha=.inf",
+        "train.clip_norm=.nan",
+        "train.lr=1e999",
         "model.name=vit_x",
         "train=3",
     ],
@@ -136,6 +139,11 @@ def test_an_ill_typed_value_is_refused_and_named(setting):
     with pytest.raises(ConfigError) as caught:
         load_config(None, [setting])
     assert setting.partition("=")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["sam_parser+lora", "sam_parser + lora", " sam_parser +lora "])
+def test_a_method_is_called_the_same_however_it_is_spaced(given):
+    assert build_config({"method": {"name": given}}).method.name == "sam_parser+lora"
 
 
 def test_all_faults_are_told_at_once():
