@@ -64,7 +64,7 @@ def augmented(
     values = functional.pad(v, (0, v_width - d)) if v_width > d else v
     # The query carries the scale already: the kernel must not divide by the root of the longer width.
     if _stand_in:
-        return _KeptByFused.apply(queries, keys, values)[..., :d]
+        return kept_by_fused(queries, keys, values)[..., :d]
     return functional.scaled_dot_product_attention(queries, keys, values, scale=1.0)[..., :d]
 
 
@@ -80,8 +80,8 @@ _stand_in = False
 
 
 @contextmanager
-def kept_by_fused_kernels() -> Iterator[None]:
-    """Within this context `augmented` computes nothing and keeps what a fused CUDA kernel keeps: for planning."""
+def planned_for_cuda() -> Iterator[None]:
+    """Within this context attention is chosen as on a GPU, is not computed, and keeps what a fused kernel keeps."""
     global _stand_in
     before, _stand_in = _stand_in, True
     try:
@@ -90,11 +90,23 @@ def kept_by_fused_kernels() -> Iterator[None]:
         _stand_in = before
 
 
+def runs_on(tensor: Tensor) -> str:
+    """Type of the device that attention is chosen for: the tensor's, or ``cuda`` within `planned_for_cuda`."""
+    return "cuda" if _stand_in else tensor.device.type
+
+
+def kept_by_fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A tensor of the output's shape, for which is kept what a fused kernel keeps: arguments, output, a sum a row."""
+    out: Tensor = _KeptByFused.apply(q, k, v)
+    return out
+
+
 class _KeptByFused(torch.autograd.Function):
     # Arguments, output and one logarithm for each row, as flash and memory-efficient attention do.
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = v.new_empty(v.shape)
+        # Not as many rows as there are values: those that an adaptation adds ask nothing.
+        out = v.new_empty((*q.shape[:-1], v.shape[-1]))
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 

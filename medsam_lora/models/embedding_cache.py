@@ -11,7 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import secrets
+import time
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +29,9 @@ logger = logging.getLogger(__name__)
 # numpy has no bfloat16; the bits are stored as integers and the type in the file's name.
 _TYPES: Final = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 _NAMES: Final = {dtype: name for name, dtype in _TYPES.items()}
+# Behind an entry's array: what a power cut leaves of a file can have its length and not its content.
+_CHECK_BYTES: Final = 4
+_STALE_S: Final = 3600.0
 
 
 class EmbeddingCache:
@@ -37,7 +43,7 @@ class EmbeddingCache:
         Made when the first entry is written. Several caches and processes may share it.
     identity : mapping of str to plain data
         Everything besides the slice that an entry depends on: base weights, cache point, input range, image size,
-        precision.
+        precision. Not the way attention is computed, as all agree but for rounding (`attention_choice`).
     max_bytes : int
         No entry is added once the folder's entries, those of other identities included, would exceed it; those there
         are still used.
@@ -55,7 +61,8 @@ class EmbeddingCache:
     def __init__(self, folder: Path, identity: Mapping[str, Any], max_bytes: int, writers: int = 1) -> None:
         text = json.dumps(identity, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
-        self.bytes = sum(path.stat().st_size for path in folder.glob("*/*.npy"))
+        _remove_stale(folder)
+        self.bytes = sum(_size(path) for path in folder.glob("*/*") if path.suffix in (".npy", ".partial"))
         self.max_bytes = self.bytes + max(0, max_bytes - self.bytes) // writers
         self.hits = self.misses = 0
         self.full = False
@@ -84,18 +91,25 @@ class EmbeddingCache:
             path = self.folder / f"{key}.{name}.npy"
             if path.is_file():
                 try:
-                    array = np.load(path, mmap_mode="r", allow_pickle=False)
-                except (OSError, ValueError):  # cut short by a full disk, say: computed again
+                    array = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+                    with path.open("rb") as handle:
+                        handle.seek(-_CHECK_BYTES, os.SEEK_END)
+                        check = handle.read()
+                except (OSError, ValueError, EOFError):  # cut short by a full disk, say: computed again
+                    return None
+                if check != _check(array):
                     return None
                 self.hits += 1
-                return torch.from_numpy(np.array(array)).view(dtype)
+                return torch.from_numpy(array).view(dtype)
         return None
 
     def write(self, key: str, entry: Tensor) -> None:
         """Keep the entry of a slice, shape (M, ...), whole or not at all, where there is room."""
         self.misses += 1
         bits = entry.detach().cpu().contiguous()
-        if self.bytes + bits.nbytes > self.max_bytes:
+        path = self.folder / f"{key}.{_NAMES[bits.dtype]}.npy"
+        damaged = _size(path)
+        if self.bytes - damaged + bits.nbytes > self.max_bytes:
             if not self.full:
                 logger.warning(
                     "the cache %s is full (%.1f GiB), so further slices are computed each time; delete it, or raise "
@@ -105,17 +119,38 @@ class EmbeddingCache:
                 )
             self.full = True
             return
-        path = self.folder / f"{key}.{_NAMES[bits.dtype]}.npy"
         partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            array = bits.view(torch.int32 if bits.element_size() == 4 else torch.int16).numpy()
             with partial.open("wb") as handle:
-                np.save(handle, bits.view(torch.int32 if bits.element_size() == 4 else torch.int16).numpy())
+                np.save(handle, array)
+                handle.write(_check(array))
             partial.replace(path)
-            self.bytes += path.stat().st_size
+            self.bytes += _size(path) - damaged
         except OSError as error:
             # A cache saves time; a full disk is no reason to lose what has been trained.
             self.full, self.max_bytes = True, 0
             logger.warning("the cache cannot be written (%s), so further slices are computed each time", error)
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
+
+
+def _check(array: np.ndarray) -> bytes:
+    return zlib.crc32(np.ascontiguousarray(array).data).to_bytes(_CHECK_BYTES, "little")
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, 0 where it is not there: other processes replace and remove entries meanwhile."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what writers that were killed left behind; a younger file may still be written by another process."""
+    for path in folder.glob("*/*.partial"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _STALE_S:
+                path.unlink()

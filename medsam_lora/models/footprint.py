@@ -21,14 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from medsam_lora.config import MethodConfig
-from medsam_lora.models.attention import kept_by_fused_kernels
+from medsam_lora.models.attention import planned_for_cuda
 from medsam_lora.models.attention_chunks import pieces_of
 from medsam_lora.models.precision import autocast
-from medsam_lora.models.sam import SamModel, blank
+from medsam_lora.models.sam import PATCH, SamModel, blank
 from medsam_lora.peft import attach
 
 MIB: Final = 2**20
 _FAKE_PIECE: Final = 8 * MIB
+_FAKE_PIECES: Final = 6
+"""Of the scores of a head of all images, however many they are: what takes the time are the pieces' calls."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def count(model: nn.Module, forward: Callable[[], Tensor]) -> Footprint:
     kept = saved.total
     counter = FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED)
     with live, counter:
-        loss.backward()
+        if loss.requires_grad:  # nothing is trained zero-shot
+            loss.backward()
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return Footprint(kept, live.peak, before, counter.get_total_flops(), trainable, sum(p.numel() for p in parameters))
@@ -166,10 +169,10 @@ def dry(options: StepOptions) -> Footprint:
     Every image has one box. The loss is the sum of all outputs: what the real one keeps on top, a few maps of the size
     of the output, is not in it.
     """
-    way = "augmented" if options.attention == "auto" and options.device == "cuda" else options.attention
-    fused = kept_by_fused_kernels() if options.device == "cuda" else nullcontext()
-    with fake_tensors(), fused:
-        model = blank(options.model, options.image_size, grid="unpadded", attention=way)
+    where = planned_for_cuda() if options.device == "cuda" else nullcontext()
+    tokens = options.frame[0] * options.frame[1] // PATCH**2
+    with fake_tensors(4 * options.images * tokens**2 // _FAKE_PIECES), where:
+        model = blank(options.model, options.image_size, grid="unpadded", attention=options.attention)
         depth = attach(model, options.method, 0).report.depth
         model.image_encoder.checkpointing = options.checkpointing  # type: ignore[assignment]
         pixels = torch.empty(options.images * depth, 3, *options.frame)
@@ -199,10 +202,10 @@ def total(model: SamModel, pixels: Tensor, boxes: Tensor, amp: str = "none", dep
 
 
 @contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Tensors made within have a shape, a type and a device, and no values."""
+def fake_tensors(piece_bytes: int = 0) -> Iterator[None]:
+    """Tensors made within have a shape, a type and a device, and no values; attention's pieces at least this size."""
     # Large pieces cost and keep what many small ones do, in fewer calls; the peak comes out some pieces too high.
-    with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(_FAKE_PIECE):
+    with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(max(_FAKE_PIECE, piece_bytes)):
         yield
 
 

@@ -20,6 +20,7 @@ from medsam_lora.io.files import sha256_of
 from medsam_lora.models import nano, tiny_vit
 from medsam_lora.models.input_spec import PIXEL_MEAN, PIXEL_STD
 from medsam_lora.models.nano import nano_encoder, scatter_positions
+from medsam_lora.models.precision import float32_products
 from medsam_lora.models.tiny_vit import TinyViT
 from medsam_lora.models.vit import GridEncoder
 from medsam_lora.models.weights import check_state, fetch, load_state, locate, model_spec, sha256_of_state
@@ -186,7 +187,8 @@ class SamModel(nn.Module):
         self, boxes: Tensor | None, points: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         # In half precision the Fourier features of a coordinate would be off by pixels: 2^-8 of a 1024 px frame is 4.
-        with torch.autocast(self.pixel_mean.device.type, enabled=False):
+        device = self.pixel_mean.device
+        with torch.autocast(device.type, enabled=False), float32_products(device, "none"):
             boxes = None if boxes is None else boxes.float()
             points = None if points is None else (points[0].float(), points[1])
             sparse, _ = self.prompt_encoder(points=points, boxes=boxes, masks=None)

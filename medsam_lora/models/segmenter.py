@@ -18,7 +18,7 @@ from medsam_lora.errors import AdapterError
 from medsam_lora.models import cache_points
 from medsam_lora.models.embedding_cache import EmbeddingCache
 from medsam_lora.models.input_spec import InputSpec
-from medsam_lora.models.precision import resolve_amp
+from medsam_lora.models.precision import float32_products, resolve_amp
 from medsam_lora.models.sam import SamModel
 from medsam_lora.peft.contract import Adaptation, attached_to
 from medsam_lora.prompts.box import to_model
@@ -300,7 +300,8 @@ class Segmenter(nn.Module):
         )
         logits = _over_boxes(logits[:, tokens], counts, "max").unflatten(0, (n_slices, n_channels))
         iou = _over_boxes(iou[:, tokens], counts, "mean").unflatten(0, (n_slices, n_channels)).mean(dim=1)
-        fused = to_native_frame(self.fusion(logits, present), self.sam.image_size, shape, self.frame(shape))
+        with float32_products(logits.device, "none"):
+            fused = to_native_frame(self.fusion(logits, present), self.sam.image_size, shape, self.frame(shape))
         if by_area:
             order = (fused > 0).sum(dim=(-2, -1)).argsort(dim=1, descending=True, stable=True)
             fused = torch.take_along_dim(fused, order[:, :, None, None], dim=1)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medsam_lora.models.attention import kept_by_fused, runs_on
 from medsam_lora.models.attention_windows import windowed
 from medsam_lora.models.vit import run_block
 from medsam_lora.peft.sites import AttentionSite, MlpSite, rows_per_head
@@ -193,8 +194,11 @@ class Attention(nn.Module):
 
     def heads_of(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """The heads of all windows, (n, heads, N, d): where an adaptation adds to them; see `attention_parts`."""
+        where = runs_on(q)
+        if where != q.device.type:  # planned for a GPU, which keeps no mask for each window
+            return kept_by_fused(q, k, v)
         # On the CPU pieces are faster than the fused kernel, which checks the mask for -inf, and keep no scores.
-        if self.fused or q.device.type != "cpu":
+        if self.fused or where != "cpu":
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return windowed(q, k, v, bias)
 

@@ -101,7 +101,7 @@ class GridAttention(nn.Module):
         grid = positions.rows.shape[0], positions.columns.shape[0]
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
         how = self.how if more is None else "augmented"
-        chosen = choose(how, q.device.type, q.shape[-1], grid, q.itemsize == 2, capability)
+        chosen = choose(how, attention.runs_on(q), q.shape[-1], grid, q.itemsize == 2, capability)
         if chosen.name == "augmented":
             return attention.augmented(q, k, v, positions, chosen.qk_width, chosen.v_width, more)
         return (attention.biased if chosen.name == "biased" else chunked)(q, k, v, positions)

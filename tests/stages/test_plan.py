@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from medsam_lora.cli import app
 from medsam_lora.config import build_config
 from medsam_lora.errors import ConfigError
+from medsam_lora.peft import METHODS
 from medsam_lora.stages.plan import USABLE, as_text, plan
 
 MEASURE = """
@@ -128,6 +129,31 @@ def test_processes_share_a_batch() -> None:
     on_cpu = plan(build_config({"model": model, "train": {"processes": 2}}), device="cpu", memory_gib=8)
     alone = plan(build_config({"model": model}), device="cpu", memory_gib=8)
     assert alone["largest_batch"] // 2 - 4 <= on_cpu["largest_batch"] <= alone["largest_batch"]
+
+
+@pytest.mark.parametrize(("method", "device"), [*((name, "cuda") for name in METHODS), ("vpt_deep", "cpu")])
+def test_every_method_is_planned(method: str, device: str) -> None:
+    model = {"name": "vit_nano", "weights": "random", "image_size": 64}
+    found = plan(build_config({"model": model, "method": {"name": method}}), device=device)
+    weights = found["parameters"] * 4 / 2**20
+    # In full float32: what is kept, and the weights, are there at the same time.
+    assert found["peak_mib"] >= found["saved_mib"] + weights - 1
+    assert (found["saved_mib"] > 0) == (found["trainable"] > 0) == (method != "zero_shot")
+
+
+def test_a_large_batch_is_not_guessed_from_small_ones() -> None:
+    """A constant or the encoder leads with few images, what is kept with many: no line through the first two."""
+    model = {"name": "vit_nano", "weights": "random", "image_size": 64}
+    data = {"data": {"modalities": ["t2f"]}, "model": model, "method": {"name": "decoder_only"}}
+    one, two, many = (plan(build_config({**data, "train": {"batch_size": n}}))["peak_mib"] for n in (1, 2, 64))
+    assert many > one + 62 * (two - one) + 20
+
+
+def test_fused_kernels_of_windows_keep_no_mask() -> None:
+    """On a GPU vit_t's windows go through the fused kernel: output and a sum for each row beside the arguments."""
+    model = {"name": "vit_t", "weights": "random", "image_size": 64}
+    cpu, cuda = (plan(build_config({"model": model}), device=device) for device in ("cpu", "cuda"))
+    assert cpu["saved_mib"] < cuda["saved_mib"] < 1.2 * cpu["saved_mib"]
 
 
 def test_what_training_refuses_is_not_planned() -> None:

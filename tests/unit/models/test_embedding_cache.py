@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -141,15 +142,37 @@ def test_the_room_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(list(tmp_path.rglob("*.npy"))) == 1, "what another run wrote counts"
 
 
-def test_a_damaged_entry_is_computed_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["empty", "header", "cut", "no check", "zeros", "a bit"])
+def test_a_damaged_entry_is_computed_again(tmp_path: Path, damage: str) -> None:
     model, z = segmenter(), slices()
     plain = model(z, BOXES)
     model.use_cache(tmp_path, ROOM, "none")
     model(z, BOXES)
+    assert model.cache is not None
     for path in tmp_path.rglob("*.npy"):
-        path.write_bytes(path.read_bytes()[:200])
-    assert torch.equal(model(z, BOXES).logits, plain.logits)
-    assert torch.equal(model(z, BOXES).logits, plain.logits)
+        whole = path.read_bytes()
+        flipped = whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:]
+        zeros = whole[:128] + bytes(len(whole) - 128)
+        cut = {"empty": b"", "header": whole[:90], "cut": whole[:200], "no check": whole[:-4]}
+        path.write_bytes({**cut, "zeros": zeros, "a bit": flipped}[damage])
+    for hits in (0, len(z)):
+        before = model.cache.hits
+        assert torch.equal(model(z, BOXES).logits, plain.logits)
+        assert model.cache.hits - before == hits, "mended the first time, found the second"
+    sizes = sum(path.stat().st_size for path in tmp_path.rglob("*.npy"))
+    assert damage != "a bit" or model.cache.bytes == sizes
+
+
+def test_what_a_killed_writer_left_is_counted_and_in_time_removed(tmp_path: Path) -> None:
+    model = segmenter()
+    (tmp_path / "other").mkdir()
+    young, old = tmp_path / "other" / "a.f32.1.partial", tmp_path / "other" / "b.f32.2.partial"
+    for path in (young, old):
+        path.write_bytes(bytes(1000))
+    os.utime(old, (0, 0))
+    model.use_cache(tmp_path, ROOM, "none")
+    assert young.exists() and not old.exists()
+    assert model.cache is not None and model.cache.bytes == 1000
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(
