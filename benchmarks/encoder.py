@@ -81,9 +81,13 @@ def tflop(encoder: Any, image: Tensor) -> float:
 def peak_mib(name: str, options: argparse.Namespace, device: torch.device, work: tuple[Any, Tensor]) -> float:
     """Peak of allocated memory on CUDA; on the CPU of resident memory, in a process of its own."""
     if device.type == "cuda":
+        encoder, image = work
+        # All encoders and their outputs are on the card: of its own are its weights, its image and what the pass adds.
+        own = image.nbytes + sum(t.nbytes for t in (*encoder.parameters(), *encoder.buffers()))
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         run(*work, options.amp)
-        return torch.cuda.max_memory_allocated() / MIB
+        return (own + torch.cuda.max_memory_allocated() - before) / MIB
     done = subprocess.run([sys.executable, *sys.argv, "--child", name], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
