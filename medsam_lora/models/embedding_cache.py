@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +33,25 @@ _NAMES: Final = {dtype: name for name, dtype in _TYPES.items()}
 # Behind an entry's array: what a power cut leaves of a file can have its length and not its content.
 _CHECK_BYTES: Final = 4
 _STALE_S: Final = 3600.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a cache has of a batch of slices.
+
+    Parameters
+    ----------
+    keys : list of B str
+    entries : list of B Tensor of shape (M, ...), or None
+        None where there was none yet.
+    """
+
+    keys: list[str]
+    entries: list[Tensor | None]
+
+    def pinned(self) -> Found:
+        """The same in page-locked memory, from which a GPU copies while it computes."""
+        return replace(self, entries=[None if entry is None else entry.pin_memory() for entry in self.entries])
 
 
 class EmbeddingCache:
@@ -84,6 +104,11 @@ class EmbeddingCache:
         """
         head = repr((tuple(z.shape[1:]), tuple(present))).encode()
         return [hashlib.sha256(head + one.contiguous().numpy().tobytes()).hexdigest()[:32] for one in z]
+
+    def look_up(self, z: Tensor, present: Sequence[int]) -> Found:
+        """The entries of slices, as `keys` takes them."""
+        keys = self.keys(z, present)
+        return Found(keys, [self.read(key) for key in keys])
 
     def read(self, key: str) -> Tensor | None:
         """The entry of a slice, shape (M, ...), or None where it is not there or cannot be read."""

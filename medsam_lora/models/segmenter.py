@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from medsam_lora.errors import AdapterError
 from medsam_lora.models import cache_points
-from medsam_lora.models.embedding_cache import EmbeddingCache
+from medsam_lora.models.embedding_cache import EmbeddingCache, Found
 from medsam_lora.models.input_spec import InputSpec
 from medsam_lora.models.precision import float32_products, resolve_amp
 from medsam_lora.models.sam import SamModel
@@ -149,7 +149,25 @@ class Segmenter(nn.Module):
         self.cache = EmbeddingCache(folder, identity, max_bytes, writers)
         return True
 
-    def embed(self, z: Tensor, present: Sequence[int] | None = None) -> Tensor:
+    def read_ahead(self, z: Tensor) -> Found | None:
+        """What the cache has of slices of all modalities: for a thread that prepares the next batch.
+
+        Parameters
+        ----------
+        z : Tensor of float32, shape (B, M, X, Y)
+            On the CPU.
+
+        Returns
+        -------
+        Found or None
+            For `embed`; in page-locked memory where the segmenter is on a GPU. None without a cache.
+        """
+        if self.cache is None:
+            return None
+        found = self.cache.look_up(z, range(z.shape[1]))
+        return found.pinned() if self.device.type == "cuda" else found
+
+    def embed(self, z: Tensor, present: Sequence[int] | None = None, ahead: Found | None = None) -> Tensor:
         """`encode`, through the cache where there is one.
 
         Parameters
@@ -157,6 +175,8 @@ class Segmenter(nn.Module):
         z : Tensor of float32, shape (B, M, X, Y)
         present : sequence of M int, optional
             Which of the segmenter's modalities the channels of `z` are; all of them by default.
+        ahead : Found, optional
+            What `read_ahead` found of these slices.
 
         Returns
         -------
@@ -165,8 +185,13 @@ class Segmenter(nn.Module):
         if self.cache is None:
             return self.encode(z)
         self._check_in_use()
-        keys = self.cache.keys(z.cpu(), list(range(z.shape[1]) if present is None else present))
-        found = [self.cache.read(key) for key in keys]
+        if ahead is None:
+            ahead = self.cache.look_up(z.cpu(), range(z.shape[1]) if present is None else present)
+            keys, found = ahead.keys, list(ahead.entries)
+        else:
+            # What was not there then can have been computed for the batch before.
+            keys = ahead.keys
+            found = [self.cache.read(k) if e is None else e for k, e in zip(keys, ahead.entries, strict=True)]
         missing = [b for b, entry in enumerate(found) if entry is None]
         if missing:
             with torch.no_grad():
@@ -175,7 +200,7 @@ class Segmenter(nn.Module):
             for b, entry in zip(missing, computed, strict=True):
                 self.cache.write(keys[b], entry)
                 found[b] = entry
-        entries = torch.cat([entry.to(z.device) for entry in found if entry is not None])
+        entries = torch.cat([entry.to(z.device, non_blocking=True) for entry in found if entry is not None])
         return cache_points.onward(self.sam.image_encoder, entries, self.cache_point)
 
     def _until(self, z: Tensor) -> Tensor:
@@ -232,6 +257,7 @@ class Segmenter(nn.Module):
         boxes: Sequence[np.ndarray],
         present: Sequence[int] | None = None,
         tokens: Sequence[int] | None = None,
+        ahead: Found | None = None,
     ) -> SegmenterOutput:
         """Fused logits of a batch of slices.
 
@@ -245,6 +271,8 @@ class Segmenter(nn.Module):
             Which of the segmenter's modalities the channels of `z` are; all of them by default.
         tokens : sequence of int, optional
             Mask tokens wanted; the main ones by default.
+        ahead : Found, optional
+            As `embed` takes it.
 
         Returns
         -------
@@ -265,7 +293,7 @@ class Segmenter(nn.Module):
             raise ValueError(
                 f"{n_slices} slices of {n_channels} channels need {n_expected} channels and one or more boxes each"
             )
-        return self.decode(self.embed(z, present), boxes, (shape[0], shape[1]), present, tokens)
+        return self.decode(self.embed(z, present, ahead), boxes, (shape[0], shape[1]), present, tokens)
 
     def decode(
         self,

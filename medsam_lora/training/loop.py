@@ -23,6 +23,7 @@ from medsam_lora.config import TrainConfig
 from medsam_lora.errors import TrainingError
 from medsam_lora.inference.predictor import PredictOptions, validate_case
 from medsam_lora.models.compiling import compiled_blocks
+from medsam_lora.models.embedding_cache import Found
 from medsam_lora.models.precision import autocast, float32_products, resolve_amp
 from medsam_lora.models.segmenter import N_TOKENS, Segmenter
 from medsam_lora.progress import track
@@ -189,22 +190,28 @@ class Trainer:
                 self._save()
                 raise Interrupted(f"stopped in epoch {progress.epoch}; its state is saved in {self.state_path}")
 
-    def _load(self, items: list[int]) -> tuple[Batch, int]:
-        """The part of this process of a batch, and how many of its slices count: of a batch too small for all, none."""
+    def _load(self, items: list[int]) -> tuple[Batch, int, Found | None]:
+        """The part of this process of a batch, how many of its slices count, and what the cache has of them.
+
+        Of a batch too small for all processes none count.
+        """
         own = self.group.share(items)
         # A process without a slice of its own must take part all the same, or the others would wait for it.
         batch = self.dataset.batch(own or items[:1], (self.options.seed, self.progress.epoch), self.options.flip)
-        return batch.pinned() if self.segmenter.device.type == "cuda" else batch, len(own)
+        ahead = None if self.segmenter.cache is None else self.segmenter.read_ahead(batch.z)
+        return batch.pinned() if self.segmenter.device.type == "cuda" else batch, len(own), ahead
 
-    def _forward_backward(self, loaded: tuple[Batch, int], n_batch: int, n_slices: int, position: int) -> None:
+    def _forward_backward(
+        self, loaded: tuple[Batch, int, Found | None], n_batch: int, n_slices: int, position: int
+    ) -> None:
         options, device = self.options, self.segmenter.device
-        batch, n = loaded
+        batch, n, ahead = loaded
         batch = batch.to(device)
         # Dropout alone draws from torch's global generator: give it one of its own and put the old one back.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(_draw_seed(options.seed, self.progress.epoch, position, *self._own_draw()))
             with autocast(device, options.amp):
-                output = self.called(batch.z, batch.boxes, tokens=ALL_TOKENS)
+                output = self.called(batch.z, batch.boxes, tokens=ALL_TOKENS, ahead=ahead)
         target = batch.masks[:, self.segmenter.token_regions]
         terms = segmentation_loss(output.logits, output.iou, target, self.segmenter.main_tokens, self.weights)
         # The mean over the slices of the update; the processes' gradients are averaged, not added.

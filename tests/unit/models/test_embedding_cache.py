@@ -142,6 +142,23 @@ def test_the_room_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(list(tmp_path.rglob("*.npy"))) == 1, "what another run wrote counts"
 
 
+def test_what_is_read_ahead_is_not_read_again_and_what_came_since_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, z = segmenter(), slices()
+    plain = model(z, BOXES)
+    assert model.read_ahead(z) is None
+    model.use_cache(tmp_path, ROOM, "none")
+    early = model.read_ahead(z)
+    assert early is not None and early.entries == [None] * len(z)
+    model(z, BOXES)
+    assert torch.equal(model(z, BOXES, ahead=early).logits, plain.logits), "computed meanwhile"
+    ahead = model.read_ahead(z)
+    assert model.cache is not None and (model.cache.hits, model.cache.misses) == (2 * len(z), len(z))
+    monkeypatch.setattr(type(model.cache), "read", lambda *_: pytest.fail("read again"))
+    assert torch.equal(model(z, BOXES, ahead=ahead).logits, plain.logits)
+
+
 @pytest.mark.parametrize("damage", ["empty", "header", "cut", "no check", "zeros", "a bit"])
 def test_a_damaged_entry_is_computed_again(tmp_path: Path, damage: str) -> None:
     model, z = segmenter(), slices()
