@@ -29,7 +29,7 @@ from medsam_lora.peft import attach
 
 MIB: Final = 2**20
 _FAKE_PIECE: Final = 8 * MIB
-_FAKE_PIECES: Final = 6
+_FAKE_PIECES: Final = 3
 """Of the scores of a head of all images, however many they are: what takes the time are the pieces' calls."""
 
 

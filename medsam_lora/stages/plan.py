@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from medsam_lora.config import Config
@@ -67,13 +68,16 @@ def plan(config: Config, *, device: str = "cpu", memory_gib: float | None = None
     n_modalities = len(config.data.modalities)
     # Each process has the model, and its share of a batch; on the CPU they share the memory.
     images = math.ceil(train.batch_size / train.processes) * n_modalities
-    found = dry(replace(step, images=images))
+
+    @cache
+    def counted(images: int) -> Footprint:
+        return dry(replace(step, images=images))
+
+    found = counted(images)
     largest = None
     if memory_gib is not None:
         room = USABLE[device] * memory_gib * 1024 * MIB / (train.processes if device == "cpu" else 1)
-        largest = train.processes * largest_within(
-            int(room), lambda slices: _peak(dry(replace(step, images=slices * n_modalities)))
-        )
+        largest = train.processes * largest_within(int(room), lambda slices: _peak(counted(slices * n_modalities)))
     return {
         "settings": _settings(config),
         "device": device,
