@@ -285,7 +285,7 @@ def _dice_in_training(subject: Subject, segmenter: Segmenter) -> float:
 
 def _declared(segmenter: Segmenter) -> set[str]:
     own = {name for name, p in segmenter.fusion.named_parameters(prefix="fusion") if p.requires_grad}
-    if len(segmenter.modalities) == 1:
+    if own and len(segmenter.modalities) == 1:
         own = set()  # the weight of a single modality is 1 whatever it is
     return {tensor.name for tensor in segmenter.adaptation.report.tensors} | own
 
