@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from medsam_lora.cli import app
 from medsam_lora.config import build_config
 from medsam_lora.errors import ConfigError
+from medsam_lora.models.footprint import MIB, Footprint, StepOptions
 from medsam_lora.peft import METHODS
 from medsam_lora.stages.plan import USABLE, as_text, plan
 
@@ -101,7 +102,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert "train.batch_size=" in found.output
     assert "assumed: crop.size is not set" in found.output
-    found = CliRunner().invoke(app, [*command, "--json", "--set", "train.checkpointing=true"])
+    found = CliRunner().invoke(app, [*command[:5], "--json", "--set", "train.checkpointing=true"])
     assert json.loads(found.output)["settings"]["checkpointing"] is True
 
 
@@ -118,7 +119,11 @@ def test_stacks_of_slices_are_planned() -> None:
     assert stacks["images_per_step"] == plane["images_per_step"]
 
 
-def test_processes_share_a_batch() -> None:
+def test_processes_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def linear(step: StepOptions) -> Footprint:
+        return Footprint(step.images * 10 * MIB, step.images * 20 * MIB, 0, 0, 1000, 2000)
+
+    monkeypatch.setattr("medsam_lora.stages.plan.dry", linear)
     model = {"name": "vit_nano", "weights": "random", "image_size": 64}
     one, two = (
         plan(build_config({"model": model, "train": {"batch_size": 5, "processes": n}}), device="cuda", memory_gib=8)
