@@ -133,8 +133,8 @@ class EmbeddingCache:
         self.misses += 1
         bits = entry.detach().cpu().contiguous()
         path = self.folder / f"{key}.{_NAMES[bits.dtype]}.npy"
-        damaged = _size(path)
-        if self.bytes - damaged + bits.nbytes > self.max_bytes:
+        replaced = _size(path)
+        if self.bytes - replaced + bits.nbytes > self.max_bytes:
             if not self.full:
                 logger.warning(
                     "the cache %s is full (%.1f GiB), so further slices are computed each time; delete it, or raise "
@@ -152,7 +152,7 @@ class EmbeddingCache:
                 np.save(handle, array)
                 handle.write(_check(array))
             partial.replace(path)
-            self.bytes += _size(path) - damaged
+            self.bytes += _size(path) - replaced
         except OSError as error:
             # A cache saves time; a full disk is no reason to lose what has been trained.
             self.full, self.max_bytes = True, 0
