@@ -1,7 +1,7 @@
 """What a training run will take, before it is started: parameters, memory, and the largest batch for a card.
 
 The step is gone through on torch's fake tensors (`models.footprint`), so that the answer is that of the code which will
-run, in seconds, on any machine, and without the card.
+run, in seconds to a minute, on any machine, and without the card.
 """
 
 from __future__ import annotations
